@@ -1,0 +1,195 @@
+"""Every setting of a run, as frozen dataclasses. A preset is a function; command-line flags are made from the fields."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Literal, Tuple
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder: a Llama (a Qwen3 with ``qk_norm``), or GPT-2's variant."""
+
+    vocab_size: int = 4096  # V, special tokens included
+    hidden_size: int = 192  # C
+    layers: int = 4
+    heads: int = 3  # H, query heads
+    kv_heads: int = 3  # Hkv; fewer than heads is grouped-query attention
+    head_size: int = 64  # D
+    intermediate_size: int = 512  # width of the MLP
+    context: int = 256  # tokens that one sequence can hold
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = True  # RMSNorm on each query and key head, as Qwen3 has
+    tied: bool = True  # one matrix for the embedding and the output
+    variant: Literal["llama", "gpt2"] = "llama"  # gpt2: learned positions, LayerNorm, GELU, biases
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                _require(value > 0, f"ModelConfig: {f.name} must be positive, got {value}")
+        _require(self.heads % self.kv_heads == 0,
+                 f"ModelConfig: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        _require(self.head_size % 2 == 0 or self.variant == "gpt2",
+                 f"ModelConfig: rotary positions need an even head_size, got {self.head_size}")
+        _require(self.variant in ("llama", "gpt2"), f"ModelConfig: unknown variant {self.variant!r}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: Tuple[str, ...] = ()  # names of sources to use; empty: every one that is there
+    files: Tuple[str, ...] = ()  # local text files, each a source of its own
+    offline: bool = False  # do not fetch archives; use what is installed or cached
+    max_source_bytes: int = 12_000_000  # a larger source is cut, by whole documents
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    vocab_size: int = 4096
+    pattern: str = "gpt4"  # a named split rule, or a regular expression
+    train_bytes: int = 8_000_000  # text taken for training, over the mixture
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 3e-3  # AdamW: embeddings, norms, heads, biases
+    muon_lr: float = 0.02  # Muon: hidden matrices; 0 gives every parameter to AdamW
+    betas: Tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    momentum: float = 0.95  # Muon's
+    warmup: float = 0.03  # share of the steps with rising rate
+    decay: float = 0.6  # share of the steps, at the end, over which the rate falls linearly
+    final: float = 0.05  # last rate as a share of the peak
+    clip: float = 1.0  # bound of the gradient's global norm
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    steps: int = 600
+    rows: int = 16  # rows of `row_tokens` tokens in a step
+    row_tokens: int = 256
+    micro_rows: int = 16  # rows in one forward; gradients add up to a step
+    evals: int = 6  # times that held-out bits per byte are measured
+    sample_points: Tuple[float, ...] = (0.0, 0.03, 0.15, 0.4, 1.0)  # shares of the steps at which samples are drawn
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    steps: int = 350
+    batch_tokens: int = 4096
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, muon_lr=0.007, decay=0.9))
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    epochs: int = 2  # passes over the human-labelled groups
+    k: int = 8  # completions of a prompt that are ranked together
+    groups_per_step: int = 8
+    simulated_prompts: int = 320  # prompts whose K sampled completions the simulated labeller ranks
+    labeller_noise: float = 0.15  # share of the labeller's pairwise judgements that are turned round
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, muon_lr=0.003, decay=0.9))
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    steps: int = 40
+    prompts: int = 128  # rollouts in a step
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    epochs: int = 2  # passes over each batch of rollouts
+    minibatches: int = 2  # optimiser steps in a pass
+    clip: float = 0.2  # of the probability ratio
+    value_clip: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    kl_coef: float = 0.05  # beta at the start
+    kl_target: float = 6.0  # nats per response
+    kl_horizon: int = 2000  # episodes; the adaptive controller's
+    missing_end_score: float = -1.0  # replaces the reward model's score when a response has no end of turn
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, muon_lr=0.0015, decay=0.3, final=0.3))
+    value_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, muon_lr=0.003, decay=0.3, final=0.3))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    prompts: int = 512  # held-out prompts of the stage comparison
+    best_of: int = 8
+    shots: int = 4  # examples in the base model's prompt
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a run. ``out`` is its folder; every stage starts from the one before."""
+
+    out: str = "runs/first"
+    seed: int = 0
+    preset: str = "laptop"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; master weights stay float32
+    device: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.pretrain.row_tokens <= self.model.context,
+                 f"pretrain.row_tokens ({self.pretrain.row_tokens}) is longer than the model's context "
+                 f"({self.model.context})")
+        _require(self.ppo.max_new_tokens < self.model.context,
+                 f"ppo.max_new_tokens ({self.ppo.max_new_tokens}) leaves no room for a prompt in the model's context "
+                 f"({self.model.context})")
+        _require(self.reward.k >= 2, f"reward.k must be at least 2 to rank anything, got {self.reward.k}")
+
+    def to_dict(self) -> dict:
+        """Every resolved value, as JSON holds it.
+
+        >>> RunConfig().to_dict()["model"]["layers"]
+        4
+        """
+        return json.loads(json.dumps(asdict(self)))
+
+
+def laptop() -> RunConfig:
+    """The main run: all stages in under 15 minutes on a 2-core CPU."""
+    return RunConfig()
+
+
+def tiny() -> RunConfig:
+    """A smoke run of well under a minute: the same code on a model too small to be good at anything."""
+    return RunConfig(
+        preset="tiny",
+        data=DataConfig(offline=True, max_source_bytes=600_000),
+        tokenizer=TokenizerConfig(vocab_size=768, train_bytes=400_000),
+        model=ModelConfig(vocab_size=768, hidden_size=64, layers=2, heads=2, kv_heads=1, head_size=32,
+                          intermediate_size=128, context=256),
+        pretrain=PretrainConfig(steps=40, rows=16, row_tokens=64, micro_rows=16, evals=2, sample_points=(0.0, 1.0)),
+        sft=SFTConfig(steps=30, batch_tokens=1024),
+        reward=RewardConfig(epochs=1, k=4, groups_per_step=4, simulated_prompts=16),
+        ppo=PPOConfig(steps=3, prompts=16, max_new_tokens=16, epochs=1),
+        eval=EvalConfig(prompts=16, best_of=2, shots=1),
+    )
+
+
+PRESETS = {"laptop": laptop, "tiny": tiny}
+
+
+def preset(name: str, **changes) -> RunConfig:
+    """The preset of that name with top-level fields replaced.
+
+    >>> preset("tiny", seed=3).seed
+    3
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(sorted(PRESETS))}")
+    return replace(PRESETS[name](), **changes)

@@ -1,0 +1,220 @@
+"""The decoder: pre-norm, RMSNorm, rotary positions, grouped-query attention, SwiGLU; or GPT-2's variant.
+
+Parameters carry the names and shapes of Hugging Face's Llama (Qwen3 with ``qk_norm``), so a saved model is one of
+theirs. A batch is ragged: ``tokens (N,)`` of B sequences end to end and ``cu_seqlens (B+1,)``.
+Source: Touvron et al. 2023 (LLaMA) §2.2; Radford et al. 2019 (GPT-2) §2.3.
+"""
+
+import math
+from typing import Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .config import ModelConfig
+
+# attend(layer, q (N,H,D), k (N,Hkv,D), v (N,Hkv,D)) -> (N,H,D). Training attends within the batch; decoding, to a cache.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Linear(nn.Linear):
+    """A linear map whose fp32 master weight is cast to the input's type for the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    kind = LayerNorm if config.variant == "gpt2" else RMSNorm
+    return kind(config.hidden_size, eps=config.norm_eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        C, D, bias = config.hidden_size, config.head_size, config.variant == "gpt2"
+        self.layer, self.heads, self.kv_heads, self.head_size = layer, config.heads, config.kv_heads, D
+        self.q_proj = Linear(C, config.heads * D, bias=bias)
+        self.k_proj = Linear(C, config.kv_heads * D, bias=bias)
+        self.v_proj = Linear(C, config.kv_heads * D, bias=bias)
+        self.o_proj = Linear(config.heads * D, C, bias=bias)
+        self.rope_base = config.rope_base if config.variant == "llama" else None
+        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        N = x.shape[0]
+        q = self.q_proj(x).view(N, self.heads, self.head_size)
+        k = self.k_proj(x).view(N, self.kv_heads, self.head_size)
+        v = self.v_proj(x).view(N, self.kv_heads, self.head_size)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope_base is not None:
+            q, k = ops.rope(q, positions, self.rope_base), ops.rope(k, positions, self.rope_base)
+        return self.o_proj(attend(self.layer, q, k, v).reshape(N, -1))
+
+
+class SwiGLU(nn.Module):
+    """Shazeer 2020, eq. 6: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, M = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(C, M, bias=False)
+        self.up_proj = Linear(C, M, bias=False)
+        self.down_proj = Linear(M, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class GELU(nn.Module):
+    """GPT-2's MLP, with the tanh form of GELU."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = _norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = _norm(config)
+        self.mlp = GELU(config) if config.variant == "gpt2" else SwiGLU(config)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.variant == "gpt2":
+            self.embed_positions = nn.Embedding(config.context, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = _norm(config)
+
+
+class Model(nn.Module):
+    """A language model, with a scalar head beside the output when ``scalar_head`` is set (reward and value models).
+
+    Errors: ValueError when a sequence is longer than ``config.context``.
+    """
+
+    def __init__(self, config: ModelConfig, scalar_head: bool = False, dtype: torch.dtype = torch.float32,
+                 seed: int = 0):
+        super().__init__()
+        self.config, self.compute_dtype = config, dtype
+        self.model = Decoder(config)
+        if not config.tied:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if scalar_head:
+            self.score = Linear(config.hidden_size, 1, bias=False)
+        self._initialise(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        """Normal of deviation 1/sqrt(fan-in) for matrices, with the two maps that write to the residual stream
+        scaled by 1/sqrt(2 layers) (GPT-2 §2.3); 0.02 for embeddings; a scalar head starts at N(0, 1/(C+1))
+        (Ziegler et al. 2019 §2.1)."""
+        residual = 1 / math.sqrt(2 * self.config.layers)
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                continue
+            if "embed" in name or name.startswith("lm_head"):
+                deviation = 0.02
+            elif name == "score.weight":
+                deviation = 1 / math.sqrt(p.shape[1] + 1)
+            else:
+                deviation = 1 / math.sqrt(p.shape[1])
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    deviation *= residual
+            p.copy_(torch.randn(p.shape, generator=generator) * deviation)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the output matrix."""
+        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """tokens (N,), positions (N,) → hidden states after the last norm (N, C), with the given attention."""
+        x = F.embedding(tokens, self.model.embed_tokens.weight).to(self.compute_dtype)
+        if self.config.variant == "gpt2":
+            x = x + F.embedding(positions, self.model.embed_positions.weight).to(x.dtype)
+        for block in self.model.layers:
+            x = block(x, positions, attend)
+        return self.model.norm(x)
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """tokens (N,), cu_seqlens (B+1,) → hidden states after the last norm (N, C); causal within each sequence."""
+        check_lengths(cu_seqlens, self.config.context)
+        positions = ops.positions_from_cu_seqlens(cu_seqlens, tokens.shape[0])
+        return self.hidden(tokens, positions, lambda _, q, k, v: ops.attention(q, k, v, cu_seqlens))
+
+    def logprobs(self, tokens: Tensor, cu_seqlens: Tensor, where: Optional[Tensor] = None,
+                 temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy, in nats, of each token after the first of its sequence.
+
+        where: (M,) positions i whose *next* token is scored; default: every one there is
+        (``ops.next_token_positions``). Returns two float32 (M,).
+        """
+        if where is None:
+            where = ops.next_token_positions(cu_seqlens)
+        hidden = self(tokens, cu_seqlens)[where]
+        return ops.token_logprobs(hidden, self.head_weight, tokens[where + 1], temperature)
+
+    def scores(self, tokens: Tensor, cu_seqlens: Tensor, where: Tensor) -> Tensor:
+        """The scalar head at positions ``where (M,)``: float32 (M,)."""
+        return self.score(self(tokens, cu_seqlens)[where]).float().squeeze(-1)
+
+
+def check_lengths(cu_seqlens: Tensor, context: int) -> None:
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if len(cu_seqlens) > 1 else 0
+    if longest > context:
+        raise ValueError(f"model: a sequence of {longest} tokens is longer than the model's context of {context}")
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type that "auto" means on this hardware: bfloat16 where it has matrix instructions for it.
+
+    >>> compute_dtype("float32", torch.device("cpu"))
+    torch.float32
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        has = ops.cpu_features()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"unknown dtype {name!r}; there are auto, float32, bfloat16")
+    return getattr(torch, name)
