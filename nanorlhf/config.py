@@ -40,6 +40,12 @@ class ModelConfig:
         _require(self.variant in ("llama", "gpt2"), f"ModelConfig: unknown variant {self.variant!r}")
 
 
+def gpt2_small() -> ModelConfig:
+    """The 124M shape of Radford et al. 2019."""
+    return ModelConfig(vocab_size=50257, hidden_size=768, layers=12, heads=12, kv_heads=12, head_size=64,
+                       intermediate_size=3072, context=1024, qk_norm=False, variant="gpt2")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     sources: Tuple[str, ...] = ()  # names of sources to use; empty: every one that is there

@@ -1,0 +1,126 @@
+"""The arithmetic of the four stages, as pure functions on ragged tensors. Each has one definition, here."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def kwise_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of each group of ranked completions in one loss.
+
+    scores (M,) float32, ranks (M,) where higher is better, cu_groups (G+1,): group g is [cu_groups[g], cu_groups[g+1]).
+    A group's loss is the mean of −log σ(s_better − s_worse) over its pairs of different rank, and the groups are
+    averaged, so that a prompt with many completions does not outweigh the others. Returns (loss, share of the pairs that
+    the scores order rightly, ties counting one half).
+
+    Source: Ouyang et al. 2022 (InstructGPT) eq. 1; with two completions it is Bradley-Terry.
+    Errors: ValueError when no group holds two different ranks.
+
+    >>> loss, right = kwise_loss(torch.tensor([2.0, 0.0]), torch.tensor([1, 0]), torch.tensor([0, 2]))
+    >>> round(float(loss), 4), float(right)
+    (0.1269, 1.0)
+    """
+    losses, right, pairs = [], 0.0, 0
+    bounds = cu_groups.tolist()
+    for start, end in zip(bounds, bounds[1:]):
+        better, worse = torch.nonzero(ranks[start:end, None] > ranks[None, start:end], as_tuple=True)
+        if len(better) == 0:
+            continue
+        margin = scores[start:end][better] - scores[start:end][worse]
+        losses.append(-torch.nn.functional.logsigmoid(margin).mean())
+        right += float((margin > 0).sum()) + 0.5 * float((margin == 0).sum())
+        pairs += len(better)
+    if not pairs:
+        raise ValueError("kwise_loss: no group holds two completions of different rank")
+    return torch.stack(losses).mean(), torch.tensor(right / pairs)
+
+
+def gae(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates of ragged episodes: rewards (M,), values (M,) → advantages (M,), returns (M,).
+
+    δ_t = r_t + γ V_{t+1} − V_t with V after an episode's last token 0; A_t = Σ (γλ)^l δ_{t+l}; returns = A + V.
+    Source: Schulman et al. 2016, eq. 11-16.
+
+    >>> a, r = gae(torch.tensor([0.0, 1.0]), torch.zeros(2), torch.tensor([0, 2]), 1.0, 0.5)
+    >>> a.tolist(), r.tolist()
+    ([0.5, 1.0], [0.5, 1.0])
+    """
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    starts = cu_seqlens[:-1].long()
+    advantages = torch.zeros_like(values)
+    carry = torch.zeros(len(lengths), dtype=values.dtype, device=values.device)
+    after = torch.zeros_like(carry)
+    for back in range(int(lengths.max()) if len(lengths) else 0):  # t counts from the end, for all episodes at once
+        live = lengths > back
+        t = (starts + lengths - 1 - back)[live]
+        delta = rewards[t] + gamma * after[live] - values[t]
+        carry[live] = delta + gamma * lam * carry[live]
+        after[live] = values[t]
+        advantages[t] = carry[live]
+    return advantages, advantages + values
+
+
+def whiten(x: Tensor) -> Tensor:
+    """(x − mean) / sqrt(population variance + 1e-8).
+
+    >>> whiten(torch.tensor([1.0, 3.0])).tolist()
+    [-1.0, 1.0]
+    """
+    return (x - x.mean()) * torch.rsqrt(x.var(unbiased=False) + 1e-8)
+
+
+def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Mean over tokens of max(−A·r, −A·clip(r, 1−ε, 1+ε)) with r = exp(logprobs − old); and the share of tokens
+    where the clipped branch is the larger. Source: Schulman et al. 2017 (PPO) eq. 7.
+
+    >>> loss, clipped = policy_loss(torch.zeros(1), torch.zeros(1), torch.tensor([2.0]), 0.2)
+    >>> float(loss), float(clipped)
+    (-2.0, 0.0)
+    """
+    ratio = torch.exp(logprobs - old)
+    free = -advantages * ratio
+    bound = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(free, bound).mean(), (bound > free).float().mean()
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """½ mean of max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²). Source: Ziegler et al. 2019, code; PPO's eq. 9 term.
+
+    >>> round(float(value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), 0.2)), 4)
+    0.32
+    """
+    clipped = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).mean()
+
+
+def sum_by_sequence(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x (M,) → (B,): the sum over each sequence.
+
+    >>> sum_by_sequence(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 3])).tolist()
+    [3.0, 4.0]
+    """
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    which = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+    return torch.zeros(len(lengths), dtype=x.dtype, device=x.device).index_add_(0, which, x)
+
+
+@dataclass
+class AdaptiveKL:
+    """The KL coefficient β, moved so that the KL of a response stays near ``target`` nats.
+
+    β ← β · (1 + clip(KL/target − 1, ±0.2) · episodes/horizon). Source: Ziegler et al. 2019 §2.2.
+
+    >>> controller = AdaptiveKL(0.1, target=6.0, horizon=100)
+    >>> controller.update(12.0, 50)
+    >>> round(controller.beta, 4)
+    0.11
+    """
+
+    beta: float
+    target: float
+    horizon: float
+
+    def update(self, kl: float, episodes: int) -> None:
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.beta *= 1 + error * episodes / self.horizon
