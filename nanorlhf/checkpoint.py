@@ -7,6 +7,7 @@ written to a temporary name, synced and renamed, so a kill leaves the old one or
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Dict, Tuple
 
@@ -99,3 +100,51 @@ def load_state(path: Path) -> Tuple[Dict[str, Tensor], dict]:
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} was written by another version (format {meta.get('format')}; this one reads {FORMAT})")
     return tensors, meta
+
+
+class StageState:
+    """What an interrupted stage needs to go on bit for bit: its models, its optimisers and a few numbers.
+
+    All randomness of a stage is drawn from (seed, step), so there is no generator to save.
+    parts: name → Model or Optimizer. every: seconds between saves.
+    """
+
+    def __init__(self, path: Path, every: float = 30.0):
+        self.path, self.every, self.before = Path(path), every, 0.0
+        self.started = self.saved = time.perf_counter()
+        self.parts: dict = {}
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the stage, over all of its sittings."""
+        return self.before + time.perf_counter() - self.started
+
+    def restore(self, **parts) -> dict:
+        """Name the parts, and load them if there is a saved state. Returns its numbers; {"step": 0} at the start."""
+        self.parts = parts
+        if not self.path.is_file():
+            return {"step": 0}
+        tensors, meta = load_state(self.path)
+        for name, part in parts.items():
+            mine = {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + "/")}
+            part.load_state_dict(mine) if isinstance(part, torch.nn.Module) else part.load_state_tensors(mine)
+        self.before = meta["seconds"]
+        return meta
+
+    def save(self, step: int, **numbers) -> None:
+        """Save after ``step`` steps are done."""
+        tensors = {}
+        for name, part in self.parts.items():
+            own = part.state_dict() if isinstance(part, torch.nn.Module) else part.state_tensors()
+            tensors.update({f"{name}/{k}": v for k, v in own.items()})
+        save_state(self.path, tensors, {"step": step, "seconds": self.seconds, **numbers})
+        self.saved = time.perf_counter()
+
+    def tick(self, step: int, **numbers) -> None:
+        """Save if the last save is longer ago than ``every``."""
+        if time.perf_counter() - self.saved >= self.every:
+            self.save(step, **numbers)
+
+    def clear(self) -> None:
+        """The stage is complete: its state is no longer needed."""
+        self.path.unlink(missing_ok=True)

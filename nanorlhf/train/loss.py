@@ -9,7 +9,7 @@ from torch import Tensor
 def kwise_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor, Tensor]:
     """All pairs of each group of ranked completions in one loss.
 
-    scores (M,) float32, ranks (M,) where higher is better, cu_groups (G+1,): group g is [cu_groups[g], cu_groups[g+1]).
+    scores (M,) float32, ranks (M,) where 0 is best, cu_groups (G+1,): group g is [cu_groups[g], cu_groups[g+1]).
     A group's loss is the mean of −log σ(s_better − s_worse) over its pairs of different rank, and the groups are
     averaged, so that a prompt with many completions does not outweigh the others. Returns (loss, share of the pairs that
     the scores order rightly, ties counting one half).
@@ -17,14 +17,14 @@ def kwise_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor
     Source: Ouyang et al. 2022 (InstructGPT) eq. 1; with two completions it is Bradley-Terry.
     Errors: ValueError when no group holds two different ranks.
 
-    >>> loss, right = kwise_loss(torch.tensor([2.0, 0.0]), torch.tensor([1, 0]), torch.tensor([0, 2]))
+    >>> loss, right = kwise_loss(torch.tensor([2.0, 0.0]), torch.tensor([0, 1]), torch.tensor([0, 2]))
     >>> round(float(loss), 4), float(right)
     (0.1269, 1.0)
     """
     losses, right, pairs = [], 0.0, 0
     bounds = cu_groups.tolist()
     for start, end in zip(bounds, bounds[1:]):
-        better, worse = torch.nonzero(ranks[start:end, None] > ranks[None, start:end], as_tuple=True)
+        better, worse = torch.nonzero(ranks[start:end, None] < ranks[None, start:end], as_tuple=True)
         if len(better) == 0:
             continue
         margin = scores[start:end][better] - scores[start:end][worse]

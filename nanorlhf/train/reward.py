@@ -1,0 +1,95 @@
+"""Stage 3, the reward model: a scalar at the end-of-turn token, fitted to rankings of completions of one prompt.
+
+Source: Ouyang et al. 2022 §3.5 (RM) eq. 1: K completions in one forward, all C(K,2) pairs in one loss.
+"""
+
+from dataclasses import dataclass
+from typing import Callable, List, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint import StageState
+from ..config import RewardConfig
+from ..engine.generate import ragged
+from ..model import Model
+from ..optim import Optimizer
+from .loss import kwise_loss
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """K whole conversations (ids, each ending in the end-of-turn token) that share a prompt. ranks: 0 is best."""
+
+    source: str
+    sequences: List[List[int]]
+    ranks: List[int]
+
+
+def score_sequences(model: Model, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The scalar at the last token of each sequence: float32 (B,)."""
+    tokens, cu_seqlens = ragged(sequences, model.device)
+    return model.scores(tokens, cu_seqlens, cu_seqlens[1:].long() - 1)
+
+
+@torch.no_grad()
+def score_all(model: Model, sequences: Sequence[Sequence[int]], batch: int = 256) -> Tensor:
+    """``score_sequences`` over any number of sequences, some at a time, without gradient. The result is on the CPU."""
+    parts = [score_sequences(model, sequences[i:i + batch]).cpu() for i in range(0, len(sequences), batch)]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def group_bounds(rankings: Sequence[Ranking]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0] + [len(r.ranks) for r in rankings]))
+
+
+def pair_accuracy(model: Model, rankings: Sequence[Ranking]) -> float:
+    """Share of all pairs of different rank that the model orders rightly, ties counting one half."""
+    scores = score_all(model, [s for r in rankings for s in r.sequences])
+    ranks = torch.tensor([rank for r in rankings for rank in r.ranks])
+    return float(kwise_loss(scores, ranks, group_bounds(rankings))[1])
+
+
+def train_reward(model: Model, epochs: Sequence[Sequence[Ranking]], config: RewardConfig, seed: int, state: StageState,
+                 evaluate: Callable[[Model], dict], log: Callable[[dict], None]) -> Model:
+    """Fit ``model`` to the rankings, ``epochs[e]`` being those of pass e; each pass is shuffled.
+
+    evaluate(model) → held-out pair accuracy by source.
+    """
+    plan = []
+    for epoch, rankings in enumerate(epochs):
+        order = np.random.default_rng([seed, epoch, 3]).permutation(len(rankings))
+        plan += [[rankings[i] for i in order[j:j + config.groups_per_step]]
+                 for j in range(0, len(order), config.groups_per_step)]
+    optimizer = Optimizer(model, config.optim, len(plan))
+    first = state.restore(model=model, optimizer=optimizer)["step"]
+    eval_steps = {round(len(plan) * i / 4) for i in range(4)}
+    for step in range(first, len(plan)):
+        if step in eval_steps:
+            log({"stage": "reward", "event": "eval", "step": step, "pair_accuracy": evaluate(model)})
+        rankings = plan[step]
+        scores = score_sequences(model, [s for r in rankings for s in r.sequences])
+        ranks = torch.tensor([rank for r in rankings for rank in r.ranks], device=scores.device)
+        loss, right = kwise_loss(scores, ranks, group_bounds(rankings))
+        loss.backward()
+        lr, norm = optimizer.step(step)
+        log({"stage": "reward", "step": step + 1, "loss": float(loss.detach()), "pair_accuracy": float(right),
+             "lr": lr, "grad_norm": norm})
+        state.tick(step + 1)
+    log({"stage": "reward", "event": "eval", "step": len(plan), "pair_accuracy": evaluate(model)})
+    return model
+
+
+@torch.no_grad()
+def normalise(model: Model, sequences: Sequence[Sequence[int]]) -> float:
+    """Scale the head so that scores on ``sequences`` have deviation 1; returns their mean, to be subtracted.
+
+    Source: Ziegler et al. 2019 §2.1 (the reward model's mean 0 and variance 1 on samples of the policy).
+    """
+    scores = score_all(model, sequences)
+    deviation = float(scores.std(unbiased=False))
+    if deviation > 0:
+        model.score.weight.div_(deviation)
+        return float(scores.mean()) / deviation
+    return float(scores.mean())
