@@ -119,6 +119,10 @@ class StageState:
         """Time spent on the stage, over all of its sittings."""
         return self.before + time.perf_counter() - self.started
 
+    def saved_step(self) -> int:
+        """Steps that the saved state has behind it; 0 without one."""
+        return load_state(self.path)[1]["step"] if self.path.is_file() else 0
+
     def restore(self, **parts) -> dict:
         """Name the parts, and load them if there is a saved state. Returns its numbers; {"step": 0} at the start."""
         self.parts = parts

@@ -1,0 +1,78 @@
+"""A checkpoint with its tokenizer and the engine: what ``nr.load`` returns."""
+
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence
+
+import torch
+
+from . import chat as chat_format
+from .checkpoint import load_model
+from .engine import Completion, SamplingConfig, generate
+from .engine.generate import ragged
+from .model import Model
+from .tokenizer import Tokenizer
+
+Message = dict  # {"role": "user" | "assistant" | "system", "content": str}
+
+
+class Assistant:
+    """``model`` and ``tokenizer``, with the calls that a user makes."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        special = tokenizer.special_tokens
+        self.end_of_text = special[chat_format.END_OF_TEXT]
+        self.end = special[chat_format.END]
+
+    def complete(self, prompt: str, n: int = 1, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, stop: str = "", seed: int = 0) -> List[str]:
+        """n continuations of a document that begins with ``prompt``, each up to ``stop`` (not included) if given."""
+        ids = [self.end_of_text] + self.tokenizer.encode(prompt)
+        ends = [self.end_of_text, self.end] + (self.tokens_with(stop) if stop else [])
+        drawn = generate(self.model, [ids], max_new_tokens, n, ends, SamplingConfig(temperature, top_k, top_p), seed)
+        texts = [self.text(c) for c in drawn]
+        return [t.split(stop, 1)[0] for t in texts] if stop else texts
+
+    def chat(self, messages: Sequence[Message], max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, seed: int = 0, on_text: Optional[Callable[[str], None]] = None) -> str:
+        """The assistant's answer to a conversation. on_text(piece) is called as the answer grows, never with a part of
+        a character. Errors: ValueError when the conversation leaves no room in the model's context."""
+        ids, _ = chat_format.render(self.tokenizer, list(messages), generation_prompt=True)
+        stream, special = self.tokenizer.stream(), set(self.tokenizer.special_tokens.values())
+
+        def push(_: int, token: int) -> None:
+            if on_text is not None and token not in special:
+                on_text(stream.push(token))
+
+        drawn = generate(self.model, [ids], max_new_tokens, stop=[self.end, self.end_of_text],
+                         sampling=SamplingConfig(temperature, top_k, top_p), seed=seed, on_token=push)[0]
+        if on_text is not None:
+            on_text(stream.finish())
+        return self.text(drawn)
+
+    @torch.no_grad()
+    def logprobs(self, text: str) -> torch.Tensor:
+        """float32 (T−1,): the log-probability of each token of ``text`` after the first."""
+        tokens, cu_seqlens = ragged([self.tokenizer.encode(text)], self.model.device)
+        return self.model.logprobs(tokens, cu_seqlens)[0]
+
+    def text(self, completion: Completion) -> str:
+        """A completion's text, without special tokens."""
+        special = set(self.tokenizer.special_tokens.values())
+        return self.tokenizer.decode([i for i in completion.ids if i not in special])
+
+    def tokens_with(self, piece: str) -> List[int]:
+        """Ids of the ordinary tokens whose bytes contain ``piece``."""
+        special, wanted = set(self.tokenizer.special_tokens.values()), piece.encode()
+        return [i for i in range(self.tokenizer.vocab_size)
+                if i not in special and wanted in self.tokenizer.decode_bytes([i])]
+
+
+def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Assistant:
+    """The assistant of a stage's folder, for example ``runs/first/ppo``.
+
+    Errors: ValueError, in one sentence, for a folder without a model or of another version.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Assistant(load_model(Path(path), dtype, device), Tokenizer.load(path))

@@ -1,0 +1,82 @@
+"""What one run reads, loaded once: its sources, their held-out parts, the films, the demonstrations."""
+
+from functools import cached_property
+
+import numpy as np
+
+from ..config import RunConfig
+from ..tokenizer import Tokenizer
+from .archive import Unavailable
+from .films import load_films, split_films
+from .instruct import instruct_pairs
+from .mixture import Mixture, default_weights, pack, split_held_out
+from .sources import DEFAULT_NAMES, document_bytes, load_sources
+
+
+class Corpus:
+    """The text of a run. Everything is a function of the configuration and of what is installed or cached."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        names = list(config.data.sources) or list(DEFAULT_NAMES)
+        sources, self.left_out = load_sources(names + list(config.data.files), config.data.offline, config.seed)
+        if not sources:
+            raise ValueError("no source of text is left: " + "; ".join(self.left_out))
+        self.sources = {source.name: source for source in sources}
+        self.parts = {name: (cut(train, config.data.max_source_bytes), held)
+                      for name, (train, held) in split_held_out(sources).items()}
+
+    def train_documents(self, name: str) -> list:
+        return self.parts[name][0]
+
+    @cached_property
+    def held_out(self) -> dict:
+        """{source: held-out documents}, of the sources that have any."""
+        return {name: held for name, (_, held) in self.parts.items() if held}
+
+    @cached_property
+    def films(self):
+        """The split of the film corpus, or None when the corpus cannot be had."""
+        if "films" not in self.sources:
+            return None
+        try:
+            return split_films(load_films(self.config.data.offline), self.config.seed)
+        except Unavailable:
+            return None
+
+    @cached_property
+    def demonstrations(self):
+        """(train, held_out) lists of instruct.Example."""
+        return instruct_pairs(list(self.sources.values()), self.films, self.config.seed)
+
+    def tokenizer_texts(self) -> list:
+        """Training documents of every source, in the mixture's proportions, up to ``tokenizer.train_bytes``."""
+        texts = []
+        for name, share in default_weights(list(self.parts)).items():
+            texts += cut(self.train_documents(name), int(share * self.config.tokenizer.train_bytes))
+        return [document_bytes(text) for text in texts]
+
+    def mixture(self, tokenizer: Tokenizer, end_of_text: int) -> Mixture:
+        streams = {}
+        for name in self.parts:
+            ids, offsets = tokenizer.encode_batch([document_bytes(d) for d in self.train_documents(name)])
+            if len(ids):
+                streams[name] = pack(ids, offsets, end_of_text)
+        return Mixture(streams, default_weights(list(streams)), self.config.pretrain.row_tokens, self.config.seed,
+                       end_of_text)
+
+    def data_card(self, epochs: dict) -> list:
+        """One entry a source. epochs: how often pretraining saw it."""
+        return [{"source": s.name, "slot": s.slot, "version": s.version, "sha256": s.sha256, "licence": s.licence,
+                 "bytes": s.bytes, "documents": len(s.documents), "epochs": epochs.get(s.name, 0.0)}
+                for s in self.sources.values()]
+
+
+def cut(documents: list, most: int) -> list:
+    """Whole documents from the front, until the next would bring their bytes above ``most``; at least one.
+
+    >>> cut(["ab", "cd", "e"], 4)
+    ['ab', 'cd']
+    """
+    sizes = np.cumsum([len(document_bytes(d)) for d in documents])
+    return documents[:max(1, int(np.searchsorted(sizes, most, side="right")))]

@@ -1,0 +1,88 @@
+"""The comparison that the talk shows from InstructGPT: base, prompted base, SFT, best-of-n and PPO on the same
+held-out prompts, under a judge that no stage trained on."""
+
+from dataclasses import dataclass, field
+from typing import Callable, Dict, List, Sequence
+
+import torch
+
+from .. import chat as chat_format
+from ..assistant import Assistant
+from ..data.instruct import Example, few_shot
+from ..engine import Completion, SamplingConfig, generate
+from ..engine.generate import ragged
+
+
+@dataclass
+class Answers:
+    """One system's responses to the prompts, in order. tokens: response lengths; entropy: mean nats per token."""
+
+    texts: List[str] = field(default_factory=list)
+    tokens: List[int] = field(default_factory=list)
+    entropy: float = float("nan")
+
+
+@torch.no_grad()
+def mean_entropy(assistant: Assistant, prompts: Sequence[List[int]], drawn: Sequence[Completion],
+                 temperature: float) -> float:
+    """Mean entropy, in nats, of the model's distribution over the tokens it sampled."""
+    model, total, count = assistant.model, 0.0, 0
+    for i in range(0, len(prompts), 128):
+        part = list(zip(prompts[i:i + 128], drawn[i:i + 128]))
+        tokens, cu_seqlens = ragged([p + c.ids for p, c in part], model.device)
+        mask, _ = ragged([[0] * len(p) + [1] * len(c.ids) for p, c in part], model.device)
+        _, entropy = model.logprobs(tokens, cu_seqlens, torch.nonzero(mask).squeeze(-1) - 1, temperature)
+        total, count = total + float(entropy.sum()), count + len(entropy)
+    return total / max(count, 1)
+
+
+def complete_lines(base: Assistant, documents: Sequence[str], max_new_tokens: int, temperature: float,
+                   seed: int) -> Answers:
+    """A base model's continuation of each document, up to the end of the line."""
+    prompts = [[base.end_of_text] + base.tokenizer.encode(d) for d in documents]
+    room = base.model.config.context - max_new_tokens
+    prompts = [p[:1] + p[1:][-(room - 1):] for p in prompts]  # the end of a prompt that is too long, where the task is
+    newlines = base.tokens_with("\n")
+    drawn = generate(base.model, prompts, max_new_tokens, stop=[base.end_of_text, *newlines],
+                     sampling=SamplingConfig(temperature), seed=seed)
+    texts = [base.text(c).split("\n")[0].strip() for c in drawn]
+    return Answers(texts, [len(c.ids) for c in drawn], mean_entropy(base, prompts, drawn, temperature))
+
+
+def render_prompts(assistant: Assistant, examples: Sequence[Example]) -> List[List[int]]:
+    return [chat_format.render(assistant.tokenizer, [{"role": "user", "content": e.prompt}], generation_prompt=True)[0]
+            for e in examples]
+
+
+def chat_answers(assistant: Assistant, examples: Sequence[Example], max_new_tokens: int, temperature: float,
+                 seed: int) -> Answers:
+    prompts = render_prompts(assistant, examples)
+    drawn = generate(assistant.model, prompts, max_new_tokens, stop=[assistant.end],
+                     sampling=SamplingConfig(temperature), seed=seed)
+    return Answers([assistant.text(c).strip() for c in drawn], [len(c.ids) for c in drawn],
+                   mean_entropy(assistant, prompts, drawn, temperature))
+
+
+def best_of_n(assistant: Assistant, examples: Sequence[Example], n: int, score: Callable[[List[List[int]]], torch.Tensor],
+              max_new_tokens: int, temperature: float, seed: int) -> Answers:
+    """Of n samples, the one that the reward model scores highest; one that did not end itself is taken last."""
+    prompts = render_prompts(assistant, examples)
+    drawn = generate(assistant.model, prompts, max_new_tokens, n, [assistant.end], SamplingConfig(temperature), seed)
+    scores = score([prompts[i // n] + c.ids for i, c in enumerate(drawn)])
+    scores = scores.where(torch.tensor([c.finished for c in drawn]), torch.tensor(-torch.inf)).view(-1, n)
+    best = [drawn[i * n + int(k)] for i, k in enumerate(scores.argmax(1))]
+    return Answers([assistant.text(c).strip() for c in best], [len(c.ids) for c in best])
+
+
+def compare(base: Assistant, sft: Assistant, ppo: Assistant, examples: Sequence[Example], train: Sequence[Example],
+            score: Callable[[List[List[int]]], torch.Tensor], best_of: int, shots: int, max_new_tokens: int,
+            temperature: float, seed: int) -> Dict[str, Answers]:
+    """Every system's answers to ``examples``. The prompted base sees ``shots`` solved examples of the same family."""
+    documents = [few_shot(e, train, shots, seed * 1_000_003 + i) for i, e in enumerate(examples)]
+    return {
+        "base": complete_lines(base, [e.prompt + "\n" for e in examples], max_new_tokens, temperature, seed),
+        "base_prompted": complete_lines(base, documents, max_new_tokens, temperature, seed + 1),
+        "sft": chat_answers(sft, examples, max_new_tokens, temperature, seed + 2),
+        "best_of_n": best_of_n(sft, examples, best_of, score, max_new_tokens, temperature, seed + 3),
+        "ppo": chat_answers(ppo, examples, max_new_tokens, temperature, seed + 4),
+    }

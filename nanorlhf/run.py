@@ -1,0 +1,123 @@
+"""All stages in order: tokenizer → base → SFT → reward → PPO, then the comparison and the report.
+
+A run's folder holds one folder a stage, complete when its ``stage.json`` is there (written last). A run that is
+started again skips the complete stages and takes the interrupted one up where its state was last saved.
+"""
+
+import json
+import platform
+from dataclasses import fields, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Callable, get_type_hints
+
+import torch
+
+from . import stages
+from .checkpoint import FORMAT, StageState, write_json
+from .config import RunConfig
+from .data.corpus import Corpus
+from .metrics import MetricsLog
+from .tokenizer import Tokenizer
+
+
+class Run:
+    """One run: its folder, its configuration, its text and its log. Stages take it and leave their facts in it."""
+
+    def __init__(self, config: RunConfig, notify: Callable[[dict], None] = lambda row: None):
+        self.config, self.folder = config, Path(config.out)
+        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.metrics = MetricsLog(self.folder)
+        self.notify = notify
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        return Corpus(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder / "tokenizer")
+
+    def log(self, row: dict) -> None:
+        self.metrics.append(row)
+        self.notify(row)
+
+    def state(self, stage: str) -> StageState:
+        """The stage's saved state. Rows that the log holds beyond it are dropped: the stage will write them again."""
+        state = StageState(self.folder / stage / "state.safetensors")
+        step = state.saved_step()
+        self.metrics.truncate_after("pretrain" if stage == "base" else stage, step)
+        return state
+
+    def facts(self, stage: str) -> dict:
+        """What a complete stage left behind. Errors: ValueError when it is not complete."""
+        path = self.folder / stage / "stage.json"
+        if not path.is_file():
+            raise ValueError(f"{self.folder} has no complete stage {stage!r}; run it first: nanorlhf {stage}")
+        return json.loads(path.read_text())
+
+    def done(self, stage: str) -> bool:
+        return (self.folder / stage / "stage.json").is_file()
+
+    def complete(self, stage: str, seconds: float, **facts) -> None:
+        write_json(self.folder / stage / "stage.json", {"seconds": seconds, **facts})
+        StageState(self.folder / stage / "state.safetensors").clear()
+
+
+def open_run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] = lambda row: None) -> Run:
+    """A new run in ``config.out``, or with ``resume`` the one that is there, with the configuration it began with.
+
+    Errors: ValueError for a folder that already holds a run (without ``resume``), holds none (with it), or holds one
+    of another version.
+    """
+    path = Path(config.out) / "run.json"
+    if path.is_file():
+        held = json.loads(path.read_text())
+        if held.get("format") != FORMAT:
+            raise ValueError(f"{config.out} holds a run of another version (format {held.get('format')}; "
+                             f"this one reads {FORMAT})")
+        if not resume:
+            raise ValueError(f"{config.out} already holds a run; go on with it by --resume, or choose another --out")
+        config = replace(from_dict(RunConfig, held["config"]), out=config.out)
+    elif resume:
+        raise ValueError(f"{config.out} holds no run to resume")
+    else:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        write_json(path, {"format": FORMAT, "config": config.to_dict()})
+    return Run(config, notify)
+
+
+def from_dict(cls: type, values: dict):
+    """The frozen dataclass that ``to_dict`` wrote, lists back to tuples."""
+    hints, made = get_type_hints(cls), {}
+    for f in fields(cls):
+        value = values[f.name]
+        if is_dataclass(hints[f.name]):
+            value = from_dict(hints[f.name], value)
+        made[f.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**made)
+
+
+def machine() -> dict:
+    """What the run ran on."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {"cpu": model, "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+
+
+def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] = lambda row: None) -> dict:
+    """Every stage that is not complete, then the comparison and the report. Returns the report."""
+    current = open_run(config, resume, notify)
+    for name, stage in stages.STAGES.items():
+        if not current.done(name):
+            current.notify({"stage": name, "begin": True})
+            stage(current)
+    report = {**stages.report(current), "machine": machine(), "config": current.config.to_dict()}
+    write_json(current.folder / "report.json", report)
+    return report
