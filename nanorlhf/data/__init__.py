@@ -1,0 +1,1 @@
+"""Where real text comes from, how it is mixed and packed, and the prompts, pairs and labels made of it."""
