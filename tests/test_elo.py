@@ -1,0 +1,115 @@
+import math
+
+import numpy as np
+import pytest
+
+from nanorlhf.evals.elo import ELO_PER_NAT, bradley_terry, ratings
+
+evalica = pytest.importorskip("evalica")
+
+
+def made_up_scores(n=200, seed=0):
+    """Four models of rising skill whose integer scores tie often."""
+    rng = np.random.default_rng(seed)
+    return {name: np.round(rng.normal(skill, 1.5, n)) for name, skill in [("a", 0), ("b", 0.5), ("c", 1.2), ("d", 1.3)]}
+
+
+def games(scores):
+    """The same games in evalica's form: left, right and winner of each."""
+    xs, ys, winners = [], [], []
+    names = list(scores)
+    for i, x in enumerate(names):
+        for y in names[i + 1 :]:
+            for left, right in zip(scores[x], scores[y], strict=True):
+                xs.append(x), ys.append(y)
+                winners.append(
+                    evalica.Winner.X if left > right else evalica.Winner.Y if right > left else evalica.Winner.Draw
+                )
+    return xs, ys, winners
+
+
+def test_two_models_have_the_rating_of_their_odds():
+    """Three wins to one: odds 3, so the difference is 400 · log10(3) ≈ 190.85 points, half on each side of 1000."""
+    table = ratings({"x": [1, 1, 1, 0], "y": [0, 0, 0, 1]}, resamples=0, prior_ties=0)
+    gap = 400 * math.log10(3)
+    assert table["x"]["rating"] == pytest.approx(1000 + gap / 2, abs=1e-6)
+    assert table["y"]["rating"] == pytest.approx(1000 - gap / 2, abs=1e-6)
+
+
+def test_ratings_are_evalicas_bradley_terry_maximum():
+    scores = made_up_scores()
+    oracle = evalica.bradley_terry(*games(scores), tolerance=1e-12, limit=10_000).scores
+    log_strength = np.log([oracle[name] for name in scores])
+    expected = 1000 + ELO_PER_NAT * (log_strength - log_strength.mean())
+    table = ratings(scores, resamples=0, prior_ties=0)
+    assert [table[name]["rating"] for name in scores] == pytest.approx(expected, abs=1e-3)
+
+
+def test_order_and_spread_agree_with_evalicas_sequential_elo():
+    """Sequential Elo with a small k wanders round the maximum: the same order, gaps within 40 points."""
+    scores = made_up_scores(n=2000)
+    xs, ys, winners = games(scores)
+    order = np.random.default_rng(2).permutation(len(xs))
+    oracle = evalica.elo([xs[i] for i in order], [ys[i] for i in order], [winners[i] for i in order], k=2).scores
+    table = ratings(scores, resamples=0)
+    ours = np.array([table[name]["rating"] for name in scores])
+    theirs = np.array([oracle[name] for name in scores])
+    assert list(np.argsort(ours)) == list(np.argsort(theirs))
+    assert np.abs((ours - ours.mean()) - (theirs - theirs.mean())).max() < 40
+
+
+def test_the_mean_rating_is_1000_and_one_prior_tie_moves_almost_nothing():
+    scores = made_up_scores(n=500)
+    plain, with_prior = ratings(scores, resamples=0, prior_ties=0), ratings(scores, resamples=0)
+    assert np.mean([row["rating"] for row in with_prior.values()]) == pytest.approx(1000)
+    assert max(abs(plain[m]["rating"] - with_prior[m]["rating"]) for m in scores) < 1.0
+
+
+def test_a_model_that_never_loses_is_rated_with_the_prior_and_refused_without():
+    """10 wins and one tie are 10½ to ½, odds of 21."""
+    scores = {"best": [1] * 10, "worst": [0] * 10}
+    table = ratings(scores, resamples=20)
+    assert table["best"]["rating"] - table["worst"]["rating"] == pytest.approx(400 * math.log10(21), abs=1e-6)
+    with pytest.raises(ValueError, match="lose to the rest at least once"):
+        ratings(scores, resamples=0, prior_ties=0)
+
+
+def test_a_far_start_still_converges_where_a_full_newton_step_would_not():
+    """One loss in a million games: the difference is ln(10⁶)."""
+    strength = bradley_terry(np.array([[0.0, 1e6], [1.0, 0.0]]))
+    assert strength[0] - strength[1] == pytest.approx(math.log(1e6), rel=1e-8)
+
+
+def test_intervals_hold_the_rating_and_are_the_same_for_the_same_seed():
+    scores = made_up_scores(n=60)
+    first, again, other = ratings(scores), ratings(scores), ratings(scores, seed=1)
+    assert first == again and first != other
+    for row in first.values():
+        low, high = row["ci95"]
+        assert low < row["rating"] < high
+
+
+def test_intervals_cover_the_true_gap_about_95_times_in_100():
+    """Truth: x wins 70 %. Half the gap is each model's rating; 300 experiments, 4 s.e. of 0.95 is 0.05."""
+    rng = np.random.default_rng(3)
+    truth = 1000 + 200 * math.log10(0.7 / 0.3)
+    covered = 0
+    for seed in range(300):
+        x = (rng.random(150) < 0.7).astype(float)
+        low, high = ratings({"x": x, "y": 1 - x}, resamples=200, seed=seed)["x"]["ci95"]
+        covered += low <= truth <= high
+    assert 0.90 <= covered / 300 <= 0.99
+
+
+@pytest.mark.parametrize(
+    "scores, message",
+    [
+        ({"a": [1]}, "at least 2 models, got 1"),
+        ({"a": [1], "b": [1, 2]}, "same prompts"),
+        ({"a": [], "b": []}, "same prompts"),
+        ({"a": [1.0], "b": [float("nan")]}, "finite"),
+    ],
+)
+def test_bad_input_gets_one_sentence(scores, message):
+    with pytest.raises(ValueError, match=message):
+        ratings(scores)
