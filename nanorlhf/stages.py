@@ -1,0 +1,195 @@
+"""What each stage of a run takes and leaves: the wiring between the text, the training loops and the folder."""
+
+from dataclasses import replace
+from typing import List
+
+import torch
+
+from . import chat as chat_format
+from .assistant import Assistant
+from .checkpoint import load_model, save_model
+from .data.films import labelled_reviews, review_groups, same_film_pairs
+from .data.instruct import FAVOURABLE, UNFAVOURABLE, Example, film_prompt, prompts
+from .data.labeller import Labeller
+from .data.sentiment import Sentiment, pair_accuracy
+from .data.sources import document_bytes
+from .engine import SamplingConfig, generate
+from .evals.bits import xz_bits_per_byte
+from .evals.compare import render_prompts
+from .evals.likelihood import document_bits, response_bits
+from .model import Model, compute_dtype
+from .tokenizer import Tokenizer
+from .train.ppo import Judge, ppo
+from .train.pretrain import pretrain
+from .train.reward import Ranking, normalise, score_all, train_reward
+from .train.reward import pair_accuracy as model_pair_accuracy
+from .train.sft import sft
+
+SAMPLE_PROMPTS = ("The ", "ROMEO\n", "def read(")  # the same at every point of pretraining
+GOLD_FAMILIES = ("word", FAVOURABLE, UNFAVOURABLE)  # families whose responses the gold judge can score
+
+
+def tokenizer_stage(run) -> None:
+    state, config = run.state("tokenizer"), run.config.tokenizer
+    tokenizer = Tokenizer.train(run.corpus.tokenizer_texts(), config.vocab_size, config.pattern,
+                                chat_format.SPECIAL_TOKENS)
+    tokenizer.save(run.folder / "tokenizer")
+    density = {}
+    for name, documents in run.corpus.held_out.items():
+        data = [document_bytes(d) for d in documents]
+        density[name] = sum(map(len, data)) / len(tokenizer.encode_batch(data)[0])
+    run.complete("tokenizer", state.seconds, bytes_per_token=density)
+
+
+def save_stage(run, stage: str, model: Model) -> None:
+    """Model and tokenizer side by side, so that the folder is a checkpoint of its own."""
+    save_model(run.folder / stage, model)
+    run.tokenizer.save(run.folder / stage)
+
+
+def load_stage(run, stage: str, scalar_head: bool = False) -> Model:
+    return load_model(run.folder / stage, run.config.dtype, str(run.device), scalar_head)
+
+
+def base_stage(run) -> None:
+    state, config = run.state("base"), run.config
+    tokenizer, corpus = run.tokenizer, run.corpus
+    end_of_text = tokenizer.special_tokens[chat_format.END_OF_TEXT]
+    mixture = corpus.mixture(tokenizer, end_of_text)
+    shape = replace(config.model, vocab_size=tokenizer.vocab_size)
+    model = Model(shape, dtype=compute_dtype(config.dtype, run.device), seed=config.seed).to(run.device)
+    quick = {name: islice_bytes(documents, 16_000) for name, documents in corpus.held_out.items()}
+
+    def draw(model: Model) -> list:
+        assistant = Assistant(model, tokenizer)
+        return [(p, assistant.complete(p, max_new_tokens=80, temperature=0.8, seed=config.seed)[0])
+                for p in SAMPLE_PROMPTS]
+
+    pretrain(model, mixture, config.pretrain, state, lambda m: document_bits(m, tokenizer, quick), draw, run.log)
+    save_stage(run, "base", model)
+    steps, size = config.pretrain.steps, config.pretrain.rows * config.pretrain.row_tokens
+    seconds = state.seconds
+    run.complete("base", seconds, tokens=steps * size, tokens_per_s=steps * size / seconds,
+                 epochs=mixture.epochs(steps, config.pretrain.rows),
+                 parameters=sum(p.numel() for p in model.parameters()),
+                 bpb=document_bits(model, tokenizer, corpus.held_out),
+                 xz_bpb={name: xz_bits_per_byte(b"".join(map(document_bytes, documents)))
+                         for name, documents in corpus.held_out.items()})
+
+
+def islice_bytes(documents: list, most: int) -> list:
+    """Documents from the front up to about ``most`` bytes, the last one cut."""
+    chosen, size = [], 0
+    for document in documents:
+        if size >= most:
+            break
+        chosen.append(document[:most - size])
+        size += len(document_bytes(chosen[-1]))
+    return chosen
+
+
+def conversation(example: Example) -> List[dict]:
+    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response}]
+
+
+def sft_stage(run) -> None:
+    state, config = run.state("sft"), run.config
+    train, held_out = run.corpus.demonstrations
+    room = config.model.context
+    rendered = [chat_format.render(run.tokenizer, conversation(e)) for e in train]
+    rendered = [r for r in rendered if len(r[0]) <= room]
+    held = [e for e in prompts(held_out, None, 600, config.seed)]
+    model = load_stage(run, "base")
+    before = response_bits(model, run.tokenizer, held)
+    sft(model, rendered, config.sft, config.seed, state, lambda m: response_bits(m, run.tokenizer, held), run.log)
+    save_stage(run, "sft", model)
+    after = response_bits(model, run.tokenizer, held)
+    run.complete("sft", state.seconds, response_bpb={"base": before, "sft": after}, examples=len(rendered),
+                 families={f: sum(e.family == f for e in train) for f in sorted({e.family for e in train})})
+
+
+def human_rankings(run, films, k: int, seed: int) -> List[Ranking]:
+    """Reviews of one film as answers to the prompt for a favourable line, or an unfavourable one."""
+    rankings = []
+    for group in review_groups(films, k, seed):
+        prompt = film_prompt(group.prompt_kind, group.title, seed)
+        sequences = [chat_format.render(run.tokenizer, [{"role": "user", "content": prompt},
+                                                        {"role": "assistant", "content": text}])[0]
+                     for text in group.completions]
+        rankings.append(Ranking("films", sequences, list(group.ranks)))
+    return rankings
+
+
+def sampled_rankings(run, model: Model, examples: List[Example], seed: int) -> List[Ranking]:
+    """K samples of the SFT model for each prompt, ranked by the simulated labeller."""
+    config, assistant = run.config, Assistant(model, run.tokenizer)
+    k, starts = config.reward.k, render_prompts(assistant, examples)
+    drawn = generate(model, starts, config.ppo.max_new_tokens, k, [assistant.end],
+                     SamplingConfig(config.ppo.temperature), seed)
+    labeller = Labeller.fit(run.corpus.films, noise=config.reward.labeller_noise, seed=seed)
+    rankings = []
+    for i, (example, start) in enumerate(zip(examples, starts)):
+        mine = [c for c in drawn[i * k:(i + 1) * k] if c.finished]
+        if len(mine) >= 2:
+            ranks = labeller.rank(example, [assistant.text(c).strip() for c in mine])
+            rankings.append(Ranking("simulated", [start + c.ids for c in mine], list(ranks)))
+    return [r for r in rankings if len(set(r.ranks)) > 1]
+
+
+def reward_stage(run) -> None:
+    state, config, films = run.state("reward"), run.config, run.corpus.films
+    train, held_out = run.corpus.demonstrations
+    policy, seed = load_stage(run, "sft"), config.seed
+    asked = prompts(train, GOLD_FAMILIES, config.reward.simulated_prompts, seed)
+    simulated = sampled_rankings(run, policy, asked, seed)
+    tests = {"simulated": sampled_rankings(run, policy, prompts(held_out, GOLD_FAMILIES, 64, seed), seed + 1)}
+    facts, epochs = {}, [list(simulated) for _ in range(config.reward.epochs)]
+    if films is not None:
+        epochs = [human_rankings(run, films.train, config.reward.k, seed * 1000 + e) + part
+                  for e, part in enumerate(epochs)]
+        tests["films"] = film_pairs(run, films.test)
+        bayes = Sentiment().fit(*labelled_reviews(films.train))
+        facts["naive_bayes_pair_accuracy"] = pair_accuracy(bayes.log_odds, same_film_pairs(films.test, seed, 2000))
+    model = load_stage(run, "sft", scalar_head=True)
+    measure = lambda m: {name: model_pair_accuracy(m, rankings) for name, rankings in tests.items() if rankings}
+    train_reward(model, epochs, config.reward, seed, state, measure, run.log)
+    offset = normalise(model, [s for r in simulated for s in r.sequences])
+    save_stage(run, "reward", model)
+    run.complete("reward", state.seconds, pair_accuracy=measure(model), score_mean=offset,
+                 rankings={"films": len(epochs[0]) - len(simulated), "simulated": len(simulated)}, **facts)
+
+
+def film_pairs(run, films) -> List[Ranking]:
+    """Every test film as one ranking: all of its fresh reviews over all of its rotten ones, favourable prompt."""
+    rankings = []
+    for film in films:
+        if film.fresh and film.rotten:
+            prompt = film_prompt(FAVOURABLE, film.title, 0)
+            sequences = [chat_format.render(run.tokenizer, [{"role": "user", "content": prompt},
+                                                            {"role": "assistant", "content": text}])[0]
+                         for text in film.fresh + film.rotten]
+            rankings.append(Ranking("films", sequences, [0] * len(film.fresh) + [1] * len(film.rotten)))
+    return rankings
+
+
+def ppo_stage(run) -> None:
+    state, config = run.state("ppo"), run.config
+    policy, ref = load_stage(run, "sft"), load_stage(run, "sft")
+    scorer, value = load_stage(run, "reward"), load_stage(run, "reward")
+    offset = run.facts("reward")["score_mean"]
+    end = run.tokenizer.special_tokens[chat_format.END]
+    judge = Judge(lambda sequences: score_all(scorer, sequences) - offset, end)
+    room = config.model.context - config.ppo.max_new_tokens
+    asked = render_prompts(Assistant(policy, run.tokenizer), prompts(run.corpus.demonstrations[0], GOLD_FAMILIES,
+                                                                     4 * config.ppo.prompts * config.ppo.steps,
+                                                                     config.seed + 1))
+    rows = []
+    ppo(policy, ref, value, judge, [p for p in asked if len(p) < room], config.ppo, config.seed, state,
+        lambda row: (rows.append(row), run.log(row)))
+    save_stage(run, "ppo", policy)
+    last = rows[-5:]
+    run.complete("ppo", state.seconds, **{key: sum(r[key] for r in last) / len(last)
+                                          for key in ("kl", "score", "length", "entropy") if last})
+
+
+STAGES = {"tokenizer": tokenizer_stage, "base": base_stage, "sft": sft_stage, "reward": reward_stage, "ppo": ppo_stage}
