@@ -6,6 +6,7 @@ started again skips the complete stages and takes the interrupted one up where i
 
 import json
 import platform
+import time
 from dataclasses import fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Callable, get_type_hints
 
 import torch
 
-from . import stages
+from . import comparison, stages
 from .checkpoint import FORMAT, StageState, write_json
 from .config import RunConfig
 from .data.corpus import Corpus
 from .metrics import MetricsLog
+from .report import write_report
 from .tokenizer import Tokenizer
 
 
@@ -30,10 +32,16 @@ class Run:
         self.device = torch.device(device)
         self.metrics = MetricsLog(self.folder)
         self.notify = notify
+        self.seconds_elsewhere = 0.0  # spent outside the stages: reading the corpus
 
     @cached_property
     def corpus(self) -> Corpus:
-        return Corpus(self.config)
+        began = time.perf_counter()
+        corpus = Corpus(self.config)
+        if corpus.left_out:
+            self.notify({"left_out": corpus.left_out})
+        self.seconds_elsewhere += time.perf_counter() - began
+        return corpus
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -114,10 +122,13 @@ def machine() -> dict:
 def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] = lambda row: None) -> dict:
     """Every stage that is not complete, then the comparison and the report. Returns the report."""
     current = open_run(config, resume, notify)
+    current.corpus  # read before the first stage's clock starts
     for name, stage in stages.STAGES.items():
         if not current.done(name):
             current.notify({"stage": name, "begin": True})
             stage(current)
-    report = {**stages.report(current), "machine": machine(), "config": current.config.to_dict()}
+    current.notify({"stage": "comparison", "begin": True})
+    report = {**comparison.report(current), "machine": machine(), "config": current.config.to_dict()}
     write_json(current.folder / "report.json", report)
+    write_report(current.folder)
     return report

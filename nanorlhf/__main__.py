@@ -1,0 +1,182 @@
+"""The command line: ``nanorlhf VERB``. It wires flags to calls; the work is done elsewhere."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import tyro
+from rich.console import Console
+
+from .config import PRESETS, RunConfig
+
+CONSOLE = Console(stderr=True)
+
+
+def _configured(preset: str, out: str, seed: int, files: tuple, offline: bool) -> RunConfig:
+    config = PRESETS[preset]()
+    data = replace(config.data, files=files, offline=offline or config.data.offline)
+    return replace(config, out=out, seed=seed, data=data)
+
+
+def run(out: str = "runs/first", seed: int = 0, preset: Literal["laptop", "tiny"] = "laptop",
+        files: tuple[str, ...] = (), offline: bool = False, resume: bool = False, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """All stages in order: tokenizer, base model, SFT, reward model, PPO, comparison, report.
+
+    Args:
+        out: The run's folder.
+        seed: Of everything that is random.
+        preset: laptop is the main run; tiny is a smoke run.
+        files: Local text files (txt, jsonl, parquet) to train on beside the built-in sources.
+        offline: Fetch nothing; use what is installed or cached.
+        resume: Go on with the run in the folder, with the settings it began with.
+        json: Print the report as JSON.
+    """
+    from .progress import Progress
+    from .run import run as run_all
+
+    with Progress(CONSOLE) as progress:
+        report = run_all(_configured(preset, out, seed, files, offline), resume, progress)
+    if json_:
+        print(json.dumps(report))
+    else:
+        minutes = report["seconds"]["total"] / 60
+        CONSOLE.print(f"Done in {minutes:.1f} minutes. Report: {out}/report.html   Talk to it: nanorlhf chat {out}/ppo")
+
+
+def _stage(name: str):
+    def stage(out: str = "runs/first") -> None:
+        """One stage of the run in a folder, from the stage before it; an interrupted one goes on where it was.
+
+        Args:
+            out: The run's folder.
+        """
+        from . import stages
+        from .progress import Progress
+        from .run import open_run
+
+        with Progress(CONSOLE) as progress:
+            stages.STAGES[name](open_run(RunConfig(out=out), True, progress))
+    return stage
+
+
+def chat(path: str, message: Optional[str] = None, temperature: float = 1.0, top_p: float = 1.0,
+         max_new_tokens: int = 64, seed: int = 0) -> None:
+    """Talk to an assistant in the terminal; answers stream. Each message is a conversation of its own.
+
+    Args:
+        path: A stage's folder, for example runs/first/ppo.
+        message: Answer this one message and stop.
+        temperature: 0 takes the most probable token.
+        top_p: Keep the most probable tokens with at least this probability together.
+        max_new_tokens: Most tokens of an answer.
+        seed: Of the first answer; it goes up by one an answer.
+    """
+    from .assistant import load
+
+    assistant = load(path)
+
+    def answer(text: str, seed: int) -> None:
+        assistant.chat([{"role": "user", "content": text}], max_new_tokens, temperature, 0, top_p, seed,
+                       lambda piece: print(piece, end="", flush=True))
+        print()
+
+    if message is not None:
+        answer(message, seed)
+        return
+    CONSOLE.print("Type a message; an empty one, or Ctrl-D, ends.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        answer(text, seed)
+        seed += 1
+
+
+def report(out: str = "runs/first") -> None:
+    """Write report.html again from a run's report.json and metrics.jsonl.
+
+    Args:
+        out: The run's folder.
+    """
+    from .report import write_report
+
+    print(write_report(Path(out)))
+
+
+def tokenizer(path: str, text: str, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Show the tokens of a text.
+
+    Args:
+        path: A folder with a tokenizer, for example runs/first/tokenizer, a tokenizer.json or a .tiktoken file.
+        text: What to encode.
+        json: Print ids and pieces as JSON.
+    """
+    from .tokenizer import Tokenizer
+
+    tok = Tokenizer.load(path)
+    ids = tok.encode(text)
+    pieces = [tok.decode_bytes([i]).decode("utf-8", "replace") for i in ids]
+    print(json.dumps({"ids": ids, "pieces": pieces}) if json_ else "  ".join(f"{i}:{p!r}" for i, p in zip(ids, pieces)))
+
+
+def data(offline: bool = False, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Fetch what can be fetched, and list the sources of text and those that are left out.
+
+    Args:
+        offline: Fetch nothing; use what is installed or cached.
+        json: Print the list as JSON.
+    """
+    from .data.sources import load_sources
+
+    sources, left_out = load_sources(None, offline)
+    rows = [{"source": s.name, "slot": s.slot, "version": s.version, "licence": s.licence, "bytes": s.bytes,
+             "documents": len(s.documents), "sha256": s.sha256} for s in sources]
+    if json_:
+        print(json.dumps({"sources": rows, "left_out": left_out}))
+        return
+    for row in rows:
+        print("{source:<12}{slot:<14}{bytes:>11,} bytes {documents:>7,} documents   {licence}".format(**row))
+    if left_out:
+        print("left out: " + "; ".join(left_out))
+
+
+def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """What can run here: each operation's backends and, where one cannot, why.
+
+    Args:
+        json: Print the table as JSON.
+    """
+    from . import ops
+
+    rows = ops.backend_table()
+    if json_:
+        print(json.dumps({"cpu": ops.cpu_features(), "ops": rows}))
+        return
+    for row in rows:
+        print("{op:<18}{backend:<11}{ok!s:<7}{reason}".format(**row))
+
+
+VERBS = {"run": run, "pretrain": _stage("base"), "sft": _stage("sft"), "reward": _stage("reward"), "ppo": _stage("ppo"),
+         "chat": chat, "report": report, "tokenizer": tokenizer, "data": data, "doctor": doctor}
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(VERBS, prog="nanorlhf", description=__doc__)
+    except (ValueError, KeyError, OSError) as error:
+        sentence = error.args[0] if isinstance(error, KeyError) else error
+        CONSOLE.print(f"nanorlhf: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        CONSOLE.print("Interrupted. Go on with: nanorlhf run --resume --out FOLDER", markup=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The end of a run: every system answers the same held-out prompts, the gold judge scores them, and all that was
+measured becomes ``report.json``."""
+
+import time
+
+import torch
+
+from .assistant import Assistant
+from .data.instruct import prompts
+from .evals.compare import compare
+from .evals.diversity import distinct_n
+from .evals.elo import ratings
+from .evals.gold import GoldJudge
+from .evals.winrate import mean_ci95, win_rate
+from .stages import GOLD_FAMILIES, load_stage
+from .train.reward import score_all
+
+SHOWN = 12  # prompts whose responses the report prints
+
+
+def answers(run) -> tuple:
+    """(examples, {system: Answers}, {system: gold scores}) on the held-out prompts."""
+    config = run.config
+    train, held_out = run.corpus.demonstrations
+    examples = prompts(held_out, GOLD_FAMILIES, config.eval.prompts, config.seed)
+    scorer = load_stage(run, "reward")
+    systems = {name: Assistant(load_stage(run, name), run.tokenizer) for name in ("base", "sft", "ppo")}
+    found = compare(systems["base"], systems["sft"], systems["ppo"], examples, train,
+                    lambda sequences: score_all(scorer, sequences), config.eval.best_of, config.eval.shots,
+                    config.ppo.max_new_tokens, config.eval.temperature, config.seed)
+    judge = GoldJudge.fit(run.corpus.films.gold if run.corpus.films else [])
+    scores = {name: [judge.score(e, text) for e, text in zip(examples, a.texts)] for name, a in found.items()}
+    return examples, found, scores
+
+
+def comparison(run) -> dict:
+    """The report's part on the stages' responses."""
+    began = time.perf_counter()
+    examples, found, scores = answers(run)
+    families = sorted({e.family for e in examples})
+    by_family = {f: {name: mean_ci95([s for s, e in zip(values, examples) if e.family == f])
+                     for name, values in scores.items()} for f in families}
+    shown = [{"family": e.family, "prompt": e.prompt,
+              "responses": {name: a.texts[i] for name, a in found.items()},
+              "gold": {name: values[i] for name, values in scores.items()}}
+             for i, e in enumerate(examples[:SHOWN])]
+    return {
+        "gold": {name: mean_ci95(values) for name, values in scores.items()},
+        "gold_by_family": by_family,
+        "win_rate": {"sft_vs_base_prompted": win_rate(scores["sft"], scores["base_prompted"]),
+                     "ppo_vs_sft": win_rate(scores["ppo"], scores["sft"]),
+                     "best_of_n_vs_sft": win_rate(scores["best_of_n"], scores["sft"])},
+        "elo": ratings(scores, seed=run.config.seed),
+        "length": {name: sum(a.tokens) / len(a.tokens) for name, a in found.items()},
+        "diversity": {name: {"distinct_2": distinct_n(a.texts, 2)} for name, a in found.items()},
+        "entropy": {"base": found["base_prompted"].entropy, "sft": found["sft"].entropy, "ppo": found["ppo"].entropy},
+        "samples": {"stages": shown},
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def report(run) -> dict:
+    """Everything that ``report.json`` holds, but the machine and the configuration."""
+    facts = {stage: run.facts(stage) for stage in ("tokenizer", "base", "sft", "reward", "ppo")}
+    compared = comparison(run)
+    seconds = {("pretrain" if stage == "base" else stage): f["seconds"] for stage, f in facts.items()}
+    seconds["comparison"] = compared.pop("seconds")
+    seconds["total"] = sum(seconds.values()) + run.seconds_elsewhere
+    base = facts["base"]
+    return {
+        "preset": run.config.preset, "seed": run.config.seed, "seconds": seconds,
+        "tokenizer": {"bytes_per_token": facts["tokenizer"]["bytes_per_token"]},
+        "pretrain": {key: base[key] for key in ("bpb", "tokens_per_s", "tokens", "parameters")},
+        "xz_bpb": base["xz_bpb"],
+        "sft": {key: facts["sft"][key] for key in ("response_bpb", "examples", "families")},
+        "reward": {k: v for k, v in facts["reward"].items() if k != "seconds"},
+        "ppo": {"kl": facts["ppo"].get("kl"), "score": facts["ppo"].get("score"), "entropy": compared.pop("entropy")},
+        **compared,
+        "data": run.corpus.data_card(base["epochs"]), "left_out": run.corpus.left_out,
+    }
