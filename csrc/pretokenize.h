@@ -1,0 +1,37 @@
+// Splitting text into pieces, exactly as the regular expressions of the well-known tokenizers do.
+//
+// Text is UTF-8 bytes. A byte that is not part of valid UTF-8 is one character of no class (it splits like
+// punctuation), so that any bytes have a split whose pieces concatenate to the input. All functions are pure and
+// thread-safe.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace pretokenize {
+
+enum class Pattern : uint8_t { gpt2, cl100k, o200k, llama3, qwen2 };
+
+// The pattern of a name such as "gpt2". Throws std::invalid_argument for an unknown one.
+Pattern pattern_of(const char* name);
+
+// The end of the piece that starts at text[start]. Needs start < n; the result is > start and <= n.
+size_t piece_end(Pattern pattern, const uint8_t* text, size_t n, size_t start);
+
+// The first position in [from, n) where text may be cut so that both halves, split on their own, give the pieces of the
+// whole under every pattern; n if there is none.
+size_t safe_cut(const uint8_t* text, size_t n, size_t from);
+
+// The class bits of a code point below 0x110000, as listed in unicode_tables.h.
+uint8_t class_of(uint32_t code_point);
+
+// Calls visit(pointer, length) for each piece of text, in order.
+template <class Visit>
+void for_each_piece(Pattern pattern, const uint8_t* text, size_t n, Visit&& visit) {
+    for (size_t i = 0; i < n;) {
+        size_t end = piece_end(pattern, text, n, i);
+        visit(text + i, end - i);
+        i = end;
+    }
+}
+
+}  // namespace pretokenize

@@ -1,0 +1,230 @@
+"""The file formats of a tokenizer: Hugging Face's tokenizer.json and OpenAI's .tiktoken rank files.
+
+A vocabulary in either format becomes a `Vocabulary`: plain data, from which `tokenizer.Tokenizer` builds itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# The split rules by name, in a spelling that means the same to Hugging Face's engine, tiktoken's and Python's `regex`.
+# (?![\s\S]) is the end of the text: $ and \Z differ between the three.
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s++(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+    "o200k": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "llama3": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+
+# Other spellings of the same rules, as they stand in published tokenizers.
+SPELLINGS = {pattern: name for name, pattern in PATTERNS.items()} | {
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt2",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
+    (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ): "cl100k",
+}
+
+
+@dataclass
+class Vocabulary:
+    """Everything that a tokenizer is. tokens[id] is b"" where no token has that id."""
+
+    tokens: list[bytes]
+    special_tokens: dict[str, int]
+    pattern: str  # a name in PATTERNS or a regular expression
+    merges: list[tuple[int, int]] | None  # None: any two tokens merge if they make a token, the lowest id first
+    results: list[int] = field(default_factory=list)  # the id that each merge makes
+    whole_piece_first: bool = True  # a piece that is a token is taken whole, whatever the merges say
+    nfc: bool = False  # text is brought to Unicode normal form C first
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte in tokenizer.json: itself if printable, else the next from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    characters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+    return [characters[b] for b in range(256)]
+
+
+BYTE_TO_CHAR = _byte_alphabet()
+CHAR_TO_BYTE = {c: b for b, c in enumerate(BYTE_TO_CHAR)}
+
+
+def _spell(token: bytes) -> str:
+    return "".join(BYTE_TO_CHAR[b] for b in token)
+
+
+def _unspell(text: str) -> bytes:
+    try:
+        return bytes(CHAR_TO_BYTE[c] for c in text)
+    except KeyError as error:
+        raise ValueError(f"Tokenizer.load: expected tokens in the byte-level alphabet, got {text!r}") from error
+
+
+def all_splits(tokens: list[bytes]) -> list[tuple[int, int]]:
+    """Every split of a token into two tokens, in the order of the ids: ranks by bytes, written as a merge list."""
+    ids = {t: i for i, t in enumerate(tokens) if t}
+    halves = ((token[:k], token[k:]) for token in tokens for k in range(1, len(token)))
+    return [(ids[left], ids[right]) for left, right in halves if left in ids and right in ids]
+
+
+def to_json(v: Vocabulary) -> dict:
+    """The vocabulary as a tokenizer.json object, which Hugging Face tokenizers reads to the same ids."""
+    special_ids = set(v.special_tokens.values())
+    ordinary = [b"" if i in special_ids else t for i, t in enumerate(v.tokens)]
+    vocab = {_spell(t): i for i, t in enumerate(ordinary) if t}
+    if sorted(special_ids) != list(range(len(vocab), len(vocab) + len(special_ids))):
+        # Special tokens that do not simply follow keep their ids only if the vocabulary lists them.
+        vocab |= v.special_tokens
+    merges = all_splits(ordinary) if v.merges is None else v.merges
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"Regex": PATTERNS.get(v.pattern, v.pattern)}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            | {"special": True}
+            for text, i in sorted(v.special_tokens.items(), key=lambda item: item[1])
+        ],
+        "normalizer": {"type": "NFC"} if v.nfc else None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": v.whole_piece_first,
+            "vocab": vocab,
+            "merges": [[_spell(v.tokens[a]), _spell(v.tokens[b])] for a, b in merges],
+        },
+    }
+
+
+def _pattern_of(pre_tokenizer: dict | None) -> str:
+    """The split rule of a tokenizer.json: ByteLevel alone, or Split followed by ByteLevel."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    kinds = [s and s.get("type") for s in steps]
+    known = kinds in (["ByteLevel"], ["Split", "ByteLevel"]) and not steps[-1].get("add_prefix_space")
+    if known and kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt2"
+    if known and kinds == ["Split", "ByteLevel"] and not steps[-1].get("use_regex", True):
+        split = steps[0]
+        regex = split["pattern"].get("Regex")
+        if regex and split["behavior"] in ("Isolated", "Removed") and split["invert"] == (split["behavior"] == "Removed"):
+            return SPELLINGS.get(regex, regex)
+    raise ValueError(f"Tokenizer.load: expected a byte-level split without prefix space, got {json.dumps(pre_tokenizer)[:200]}")
+
+
+def from_json(data: dict) -> Vocabulary:
+    """Reads a tokenizer.json object. Raises ValueError for anything but a plain byte-level BPE."""
+    model, normalizer = data.get("model", {}), data.get("normalizer")
+    plain = model.get("type") == "BPE" and not any(
+        model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
+    if not plain or normalizer not in (None, {"type": "NFC"}):
+        raise ValueError(
+            f"Tokenizer.load: expected a byte-level BPE with no normalizer or NFC, got model {model.get('type')} "
+            f"and normalizer {normalizer}"
+        )
+    special_tokens = {t["content"]: t["id"] for t in data.get("added_tokens") or []}
+    vocab = {text: i for text, i in model["vocab"].items() if special_tokens.get(text) != i}
+    spelled = {text: _unspell(text) for text in vocab}
+    tokens = [b""] * (1 + max([*vocab.values(), *special_tokens.values()], default=-1))
+    for text, i in vocab.items():
+        tokens[i] = spelled[text]
+    for text, i in special_tokens.items():
+        tokens[i] = text.encode()
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    try:
+        merges = [(vocab[a], vocab[b]) for a, b in pairs]
+        results = [vocab[a + b] for a, b in pairs]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"Tokenizer.load: expected merges of tokens of the vocabulary, got {error}") from error
+    pattern = _pattern_of(data.get("pre_tokenizer"))
+    whole = bool(model.get("ignore_merges", False))
+    return Vocabulary(tokens, special_tokens, pattern, merges, results, whole, nfc=normalizer is not None)
+
+
+def read_tiktoken(path: Path, pattern: str) -> Vocabulary:
+    """Reads a rank file: on each line the base64 of a token, a space and its rank, which is its id."""
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[int(rank)] = base64.b64decode(token, validate=True)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"Tokenizer.load: expected a token in base64 and its rank on line {number} of {path}") from error
+    tokens = [b""] * (1 + max(ranks, default=-1))
+    for rank, token in ranks.items():
+        tokens[rank] = token
+    return Vocabulary(tokens, {}, pattern, merges=None)
+
+
+def write_folder(v: Vocabulary, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if "<|endoftext|>" in v.special_tokens:
+        config["eos_token"] = "<|endoftext|>"
+    # Only for this package: tells ranks by bytes from the merge list that spells them out.
+    config["nanorlhf"] = {"ranks_by_bytes": v.merges is None}
+    (folder / "tokenizer.json").write_text(json.dumps(to_json(v), ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_folder(folder: Path) -> Vocabulary:
+    """Reads what write_folder or Hugging Face wrote."""
+    v = read_json(folder / "tokenizer.json")
+    config = folder / "tokenizer_config.json"
+    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("nanorlhf", {}).get("ranks_by_bytes"):
+        v.merges, v.results = None, []
+    return v
+
+
+def read_json(path: Path) -> Vocabulary:
+    """Reads a tokenizer.json file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"Tokenizer.load: expected a tokenizer at {path}, got no such file") from error
+    except ValueError as error:
+        raise ValueError(f"Tokenizer.load: expected JSON in {path}, got {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"Tokenizer.load: expected a JSON object in {path}, got {type(data).__name__}")
+    return from_json(data)
