@@ -1,0 +1,110 @@
+"""The sections of a report that compare the models: gold scores, win-rates, Elo, diversity, answers side by side.
+
+Each function takes the run's `report` (report.json) and whether charts are `drawn`, and returns one <section>.
+"""
+
+from collections.abc import Mapping
+
+from nanorlhf.report_charts import Intervals, block
+from nanorlhf.report_page import MODELS, at, html_table, interval, missing, number, percent, section, text
+
+OPEN_EXAMPLES = 2  # examples of each family that are unfolded
+
+
+def comparison(report: dict, drawn: bool) -> str:
+    """Base, prompted base, SFT, best-of-n and PPO under the gold judge: the chart of Ouyang et al. 2022
+    ("Training language models to follow instructions with human feedback", figure 1), on this run's prompts."""
+    gold, rates, elo = (at(report, key, {}) for key in ("gold", "win_rate", "elo"))
+    scores = _rows(gold, "mean")
+    duels = {_duel(key): row for key, row in _rows(rates, "mean").items()}
+    rated = _rows(elo, "rating")
+    parts = ['<div class="charts three">']
+    parts.append(
+        block(Intervals("gold", "Mean gold score", "gold score", {_name(m): v for m, v in scores.items()}),
+              "Dots are means over held-out prompts, bars their 95 % intervals.", drawn)
+        if scores else missing("gold scores")
+    )  # fmt: skip
+    parts.append(
+        block(Intervals("win-rate", "Win-rate", "share of prompts won", duels, 0.5),
+              "A tie counts one half. The dashed line is even; an interval clear of it is a difference.", drawn)
+        if duels else missing("win-rates")
+    )  # fmt: skip
+    parts.append(
+        block(Intervals("elo", "Elo", "rating", {_name(m): v for m, v in rated.items()}, 1000),
+              "All pairs on all prompts, mean 1000; 400 points are odds of ten to one.", drawn)
+        if rated else missing("Elo ratings")
+    )  # fmt: skip
+    parts.append("</div>")
+    parts.append(_summary(report, gold, rates))
+    lead = (
+        "Every model answered the same held-out prompts and one gold judge, which no stage trained on, scored the "
+        "answers. The judge is simulated (rules, and a classifier of sentiment), not a person."
+    )
+    return section("comparison", "The stages compared", lead, *parts)
+
+
+def examples(report: dict, drawn: bool) -> str:
+    """The models' answers to the same prompts, side by side."""
+    shown = [row for row in at(report, "samples.stages", []) if isinstance(row, Mapping)]
+    families = list(dict.fromkeys(str(row.get("family", "")) for row in shown))
+    parts = [] if shown else [missing("responses to held-out prompts")]
+    for family in families:
+        cards = [_card(row) for row in shown if str(row.get("family", "")) == family]
+        parts.append(f"<h3>{text(family.replace('_', ' '))}</h3>{''.join(cards[:OPEN_EXAMPLES])}")
+        if cards[OPEN_EXAMPLES:]:
+            more = "".join(cards[OPEN_EXAMPLES:])
+            parts.append(f"<details><summary>{len(cards) - OPEN_EXAMPLES} more</summary>{more}</details>")
+    lead = "Not chosen for looks: held-out prompts as they come, with the gold judge's score of each answer."
+    return section("examples", "Answers side by side", lead, *parts)
+
+
+def _rows(table: Mapping, key: str) -> dict[str, tuple[float, float, float]]:
+    """{name: (value, low, high)} of the entries that have all three."""
+    found = {}
+    for name, row in table.items():
+        if isinstance(row, Mapping) and row.get(key) is not None and None not in (row.get("ci95") or [None]):
+            found[name] = (row[key], *row["ci95"])
+    return found
+
+
+def _summary(report: dict, gold: Mapping, rates: Mapping) -> str:
+    models = list(dict.fromkeys([*(m for m in MODELS if m in gold), *gold]))
+    body = [
+        [
+            _name(model), number(at(gold, f"{model}.mean")), interval(at(gold, model)),
+            number(at(report, f"elo.{model}.rating")), interval(at(report, f"elo.{model}")),
+            number(at(report, f"length.{model}")), number(at(report, f"diversity.{model}.distinct_2")),
+        ]
+        for model in models
+    ]  # fmt: skip
+    head = ["model", "gold", "95 %", "Elo", "95 %", "tokens a response", "distinct bigrams"]
+    parts = [html_table("Each model in numbers", head, body)] if body else []
+    body = [
+        [_duel(key), percent(at(rates, f"{key}.mean")), interval(at(rates, key), percent), number(at(rates, f"{key}.n"))]
+        for key in rates
+    ]
+    if body:
+        parts.append(html_table("Win-rates, a tie counting one half", ["", "won", "95 %", "prompts"], body))
+    sft, tuned = at(report, "length.sft"), at(report, "length.ppo")
+    if sft and tuned is not None:
+        parts.append(f"<p>{text(f'PPO answers are {percent(tuned / sft)} as long as SFT answers.')}</p>")
+    return "".join(parts)
+
+
+def _card(row: Mapping) -> str:
+    """One prompt and every model's answer to it."""
+    answers = []
+    for model, said in (row.get("responses") or {}).items():
+        score = at(row, f"gold.{model}")
+        judged = f" · gold {number(score)}" if score is not None else ""
+        answers.append(f'<div><h4>{text(_name(model) + judged)}</h4><p class="said">{text(said)}</p></div>')
+    prompt = f'<p class="said"><b>{text(row.get("prompt", ""))}</b></p>'
+    return f'<div class="card">{prompt}<div class="answers">{"".join(answers)}</div></div>'
+
+
+def _name(model: str) -> str:
+    return MODELS.get(model, model.replace("_", " "))
+
+
+def _duel(key: str) -> str:
+    return " over ".join(_name(side) for side in key.split("_vs_"))
