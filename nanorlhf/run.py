@@ -49,7 +49,9 @@ class Run:
 
     def log(self, row: dict) -> None:
         self.metrics.append(row)
-        self.notify(row)
+        c = self.config
+        steps = {"pretrain": c.pretrain.steps, "sft": c.sft.steps, "ppo": c.ppo.steps}
+        self.notify({"steps": steps.get(row["stage"]), **row})
 
     def state(self, stage: str) -> StageState:
         """The stage's saved state. Rows that the log holds beyond it are dropped: the stage will write them again."""
@@ -127,6 +129,7 @@ def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] 
         if not current.done(name):
             current.notify({"stage": name, "begin": True})
             stage(current)
+            current.notify({"stage": name, "end": True})
     current.notify({"stage": "comparison", "begin": True})
     report = {**comparison.report(current), "machine": machine(), "config": current.config.to_dict()}
     write_json(current.folder / "report.json", report)

@@ -74,7 +74,7 @@ def train_reward(model: Model, epochs: Sequence[Sequence[Ranking]], config: Rewa
         loss, right = kwise_loss(scores, ranks, group_bounds(rankings))
         loss.backward()
         lr, norm = optimizer.step(step)
-        log({"stage": "reward", "step": step + 1, "loss": float(loss.detach()), "pair_accuracy": float(right),
+        log({"stage": "reward", "step": step + 1, "steps": len(plan), "loss": float(loss.detach()), "pair_accuracy": float(right),
              "lr": lr, "grad_norm": norm})
         state.tick(step + 1)
     log({"stage": "reward", "event": "eval", "step": len(plan), "pair_accuracy": evaluate(model)})
