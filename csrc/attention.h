@@ -1,0 +1,54 @@
+// Ragged flash attention on the CPU: softmax(scale * q k^T) v for each sequence of a packed batch, without (T, T)
+// memory. Grouped-query: query head h reads key/value head h / (heads / kv_heads), no copies.
+// All accumulation is fp32; inputs and outputs are fp32 or bf16. Rows have unit stride in the last dimension;
+// strides are in elements. Nothing is shared between threads: results do not depend on their number.
+// Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
+#pragma once
+#include <cstdint>
+
+struct Rows {  // (N, heads, D)
+    void* data;
+    int64_t token_stride, head_stride;
+};
+
+struct AttentionProblem {
+    const int32_t* cu_seqlens;  // (batch + 1,)
+    int64_t batch, heads, kv_heads, head_dim;
+    bool causal;
+    float scale;
+    int dtype;       // of all Rows
+    Rows q, k, v, out;
+    float* lse;      // (N, heads), natural logarithm
+    Rows dout, dq, dk, dv;  // backward only; out and lse are then inputs
+};
+
+struct AttentionTask {
+    const AttentionProblem* problem;
+    int64_t start, length;         // the sequence: its first token and its length
+    int64_t kv_head;
+    int64_t query_begin, query_end;  // forward only, a multiple of 16 unless it is the end
+};
+
+struct DecodeProblem {
+    int64_t batch, heads, kv_heads, head_dim;
+    const int32_t* lengths;  // (batch,), at least 0; a sequence without keys gets zeros
+    float scale;
+    int dtype;
+    Rows q, out;                                        // (batch, heads, D)
+    const void *k, *v;                                  // (batch, Tmax, kv_heads, D)
+    int64_t k_batch, k_token, k_head, v_batch, v_token, v_head;  // strides
+};
+
+// Floats of scratch that one task needs; both arguments are multiples of 16.
+constexpr int64_t KEYS_PER_PASS = 256;     // scores of 16 queries against these stay in the L1 cache
+constexpr int64_t QUERIES_PER_PASS = 512;  // backward: two (512, 16) tiles stay in the L2 cache
+constexpr int64_t attention_forward_scratch(int64_t length, int64_t dim) {
+    return 2 * length * dim + 2 * 16 * dim + 16 * KEYS_PER_PASS;
+}
+constexpr int64_t attention_backward_scratch(int64_t length, int64_t dim) {
+    return 8 * length * dim + 2 * 16 * dim + 2 * length + 2 * 16 * QUERIES_PER_PASS;
+}
+
+void attention_forward(const AttentionProblem& problem, int num_threads);
+void attention_backward(const AttentionProblem& problem, int num_threads);
+void attention_decode(const DecodeProblem& problem, int num_threads);

@@ -1,0 +1,111 @@
+// The CPU kernels for Python. Arrays come as addresses with sizes and strides in elements: nanorlhf/ops allocates and
+// validates shapes; here are checked the values that Python cannot check cheaply.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+Rows rows(const Strided& s) { return {at<void>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
+
+void check_cu_seqlens(const int32_t* cu_seqlens, int64_t batch, int64_t tokens) {
+    bool ok = cu_seqlens[0] == 0 && cu_seqlens[batch] == tokens;
+    for (int64_t b = 0; b < batch; ++b) ok = ok && cu_seqlens[b] <= cu_seqlens[b + 1];
+    if (!ok)
+        throw std::invalid_argument("attention: expected cu_seqlens to rise from 0 to N = " + std::to_string(tokens));
+}
+
+AttentionProblem attention_problem(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
+                                   int64_t kv_heads, int64_t head_dim, bool causal, float scale, int dtype) {
+    check_cu_seqlens(at<const int32_t>(cu_seqlens), batch, tokens);
+    AttentionProblem p{};
+    p.cu_seqlens = at<const int32_t>(cu_seqlens);
+    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
+    p.causal = causal, p.scale = scale, p.dtype = dtype;
+    return p;
+}
+
+void forward(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+             bool causal, float scale, int dtype, Strided q, Strided k, Strided v, Strided out, uintptr_t lse,
+             int num_threads) {
+    AttentionProblem p =
+        attention_problem(cu_seqlens, batch, tokens, heads, kv_heads, head_dim, causal, scale, dtype);
+    p.q = rows(q), p.k = rows(k), p.v = rows(v), p.out = rows(out), p.lse = at<float>(lse);
+    attention_forward(p, num_threads);
+}
+
+void backward(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads,
+              int64_t head_dim, bool causal, float scale, int dtype, Strided q, Strided k, Strided v, Strided out,
+              uintptr_t lse, Strided dout, Strided dq, Strided dk, Strided dv, int num_threads) {
+    AttentionProblem p =
+        attention_problem(cu_seqlens, batch, tokens, heads, kv_heads, head_dim, causal, scale, dtype);
+    p.q = rows(q), p.k = rows(k), p.v = rows(v), p.out = rows(out), p.lse = at<float>(lse);
+    p.dout = rows(dout), p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv);
+    attention_backward(p, num_threads);
+}
+
+using Cache = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, batch, token and head stride
+
+void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, uintptr_t lengths,
+            float scale, int dtype, Strided q, Strided out, Cache k, Cache v, int num_threads) {
+    DecodeProblem p{};
+    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
+    p.lengths = at<const int32_t>(lengths), p.scale = scale, p.dtype = dtype, p.q = rows(q), p.out = rows(out);
+    p.k = at<const void>(std::get<0>(k)), p.v = at<const void>(std::get<0>(v));
+    std::tie(std::ignore, p.k_batch, p.k_token, p.k_head) = k;
+    std::tie(std::ignore, p.v_batch, p.v_token, p.v_head) = v;
+    for (int64_t b = 0; b < batch; ++b)
+        if (p.lengths[b] < 0 || p.lengths[b] > capacity)
+            throw std::invalid_argument("attention_decode: expected lengths in [0, Tmax = " +
+                                        std::to_string(capacity) + "], got " + std::to_string(p.lengths[b]));
+    attention_decode(p, num_threads);
+}
+
+void softmax(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t dy,
+             uintptr_t out, int num_threads) {
+    const SoftmaxProblem p{row_count, columns, dtype, at<const void>(x), at<const void>(dy), at<void>(out)};
+    (is_backward ? softmax_backward : softmax_forward)(p, num_threads);
+}
+
+void loss(bool is_backward, int64_t row_count, int64_t columns, int64_t stride, int dtype, uintptr_t logits,
+          uintptr_t targets, float temperature, uintptr_t logprob, uintptr_t entropy, uintptr_t lse,
+          uintptr_t logprob_grad, uintptr_t entropy_grad, int num_threads) {
+    const LossProblem p{row_count, columns, stride, dtype, at<void>(logits), at<const int64_t>(targets), temperature,
+                        at<float>(logprob), at<float>(entropy), at<float>(lse), at<const float>(logprob_grad),
+                        at<const float>(entropy_grad)};
+    for (int64_t r = 0; r < row_count; ++r)
+        if (p.targets[r] < 0 || p.targets[r] >= columns)
+            throw std::invalid_argument("token_logprobs: expected targets in [0, V = " + std::to_string(columns) +
+                                        "), got " + std::to_string(p.targets[r]));
+    (is_backward ? loss_backward : loss_forward)(p, num_threads);
+}
+
+}  // namespace
+
+void bind_ops(py::module_& m) {
+    using release = py::call_guard<py::gil_scoped_release>;
+    m.def("isa", &isa, "The instruction set that the CPU kernels run on.");
+    m.def("cpu_features", [] {
+        py::dict features;
+        for (const auto& [name, has] : cpu_features()) features[py::str(name)] = has;
+        return features;
+    }, "CPU feature -> whether this CPU has it.");
+    m.def("attention_forward", &forward, release(), "Fills out and lse.");
+    m.def("attention_backward", &backward, release(), "Fills dq, dk and dv.");
+    m.def("attention_decode", &decode, release(), "One query per sequence against a cache: fills out.");
+    m.def("softmax", &softmax, release(), "Row softmax (out = y) or its gradient (x = y, out = dx).");
+    m.def("loss", &loss, release(), "Fills logprob, entropy and lse, or overwrites logits with their gradient.");
+}

@@ -1,0 +1,26 @@
+// The table of CPU kernels, filled once per instruction set by kernels_*.cpp. A kernel does one task on one thread,
+// with memory given by its caller; the loops over tasks and threads are in attention.cpp, softmax.cpp and so on.
+#pragma once
+#include <cstdint>
+
+#include "attention.h"
+#include "loss.h"
+#include "softmax.h"
+
+enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1 };
+
+struct Kernels {
+    void (*attention_forward)(const AttentionTask& task, float* scratch);
+    void (*attention_backward)(const AttentionTask& task, float* scratch);
+    void (*attention_decode)(const DecodeProblem& problem, int64_t sequence, int64_t kv_head, float* scratch);
+    void (*softmax_forward)(const SoftmaxProblem& problem, int64_t begin, int64_t end);
+    void (*softmax_backward)(const SoftmaxProblem& problem, int64_t begin, int64_t end);
+    void (*loss_forward)(const LossProblem& problem, int64_t begin, int64_t end);
+    void (*loss_backward)(const LossProblem& problem, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif

@@ -1,0 +1,17 @@
+// Log-probability of a target and entropy of each row of logits, at a temperature, in one read of the row; and the
+// gradient of both, written over the logits. logits: (rows, columns), fp32 or bf16, row stride in elements.
+#pragma once
+#include <cstdint>
+
+struct LossProblem {
+    int64_t rows, columns, stride;
+    int dtype;
+    void* logits;            // backward overwrites them with their gradient
+    const int64_t* targets;  // (rows,), each in [0, columns): checked by the caller
+    float temperature;
+    float *logprob, *entropy, *lse;           // (rows,); backward reads entropy and lse
+    const float *logprob_grad, *entropy_grad;  // (rows,), backward only
+};
+
+void loss_forward(const LossProblem& problem, int num_threads);
+void loss_backward(const LossProblem& problem, int num_threads);

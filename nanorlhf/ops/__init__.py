@@ -1,0 +1,15 @@
+"""The ops that the models and the training are made of: each one file with its contract, its torch reference, its
+gradient and its dispatch. backend.py knows what can run here."""
+
+from nanorlhf.ops.attention import attention, attention_decode
+from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logprobs
+from nanorlhf.ops.softmax import softmax
+
+__all__ = [
+    "attention",
+    "attention_decode",
+    "logits_logprobs",
+    "next_token_positions",
+    "softmax",
+    "token_logprobs",
+]

@@ -1,0 +1,230 @@
+"""Ragged attention: every sequence of a packed batch attends to itself alone.
+
+Native on the CPU (csrc/attention.h); the torch reference is below. Both keep every sum in fp32 or better, and a
+sequence's result does not depend on what it is packed with.
+Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245.
+"""
+
+import math
+
+import torch
+
+from nanorlhf import _C
+from nanorlhf.ops import backend
+
+MAX_HEAD_DIM = 256
+
+
+def attention(q, k, v, cu_seqlens, causal=True, scale=None):
+    """softmax(scale · q kᵀ) v within each sequence.
+
+    q: (N, H, D); k, v: (N, Hkv, D) with H a multiple of Hkv; query head h reads key/value head h // (H / Hkv).
+    cu_seqlens: (B+1,) int32 on the same device, from 0 to N. scale: 1/√D unless given.
+    Returns (N, H, D) in q's dtype. Differentiable in q, k and v; the gradient is the same on every run.
+    Raises ValueError for shapes, dtypes or cu_seqlens that do not fit together.
+
+    >>> q = torch.randn(5, 2, 16)
+    >>> out = attention(q, q, q, torch.tensor([0, 1, 5], dtype=torch.int32))
+    >>> torch.allclose(out[0], q[0])  # the first sequence has one token, which sees only itself
+    True
+    """
+    _validate(q, k, v, cu_seqlens)
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    if not backend.use_native("attention", q):
+        return attention_reference(q, k, v, cu_seqlens, causal, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, cu_seqlens, causal, scale)
+    return _forward_op(q, k, v, cu_seqlens, causal, scale)[0]
+
+
+def attention_reference(q, k, v, cu_seqlens, causal=True, scale=None):
+    """The same in plain torch, one sequence after the other, materialising each (H, T, T)."""
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    bounds = cu_seqlens.tolist()
+    _check_bounds(bounds, q.shape[0])
+    parts = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        queries = q[start:end].to(wide).transpose(0, 1)  # (H, T, D)
+        keys = k[start:end].to(wide).transpose(0, 1).repeat_interleave(group, 0)
+        values = v[start:end].to(wide).transpose(0, 1).repeat_interleave(group, 0)
+        scores = scale * (queries @ keys.transpose(1, 2))  # (H, T, T)
+        if causal:
+            future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(future, -math.inf)
+        parts.append((scores.softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(parts).to(q.dtype) if parts else q.clone()
+
+
+def attention_decode(q, k_cache, v_cache, lengths, scale=None):
+    """Attention of one new query per sequence over a cache of keys and values.
+
+    q: (B, H, D). k_cache, v_cache: (B, Tmax, Hkv, D), any stride but the last. lengths: (B,) int32, how many keys of
+    the cache are valid; a sequence with none gets zeros. Returns (B, H, D). No gradient.
+    Raises ValueError for shapes or dtypes that do not fit together, or lengths outside [0, Tmax].
+
+    >>> cache = torch.randn(2, 8, 1, 4)
+    >>> out = attention_decode(torch.randn(2, 3, 4), cache, cache, torch.tensor([1, 8], dtype=torch.int32))
+    >>> torch.allclose(out[0, 2], cache[0, 0, 0])
+    True
+    """
+    _validate_decode(q, k_cache, v_cache, lengths)
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    if not backend.use_native("attention_decode", q):
+        return attention_decode_reference(q, k_cache, v_cache, lengths, scale)
+    return _decode_op(q.detach(), k_cache.detach(), v_cache.detach(), lengths, scale)
+
+
+def attention_decode_reference(q, k_cache, v_cache, lengths, scale=None):
+    """The same in plain torch, over the whole cache with a mask."""
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= k_cache.shape[1]:
+        raise ValueError(f"attention_decode: expected lengths in [0, Tmax = {k_cache.shape[1]}]")
+    group = q.shape[1] // k_cache.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    seen = torch.arange(k_cache.shape[1], device=q.device) < lengths[:, None]  # (B, Tmax)
+    # What lies behind a sequence's end may be anything, NaN included.
+    keys = k_cache.to(wide).masked_fill(~seen[:, :, None, None], 0).repeat_interleave(group, 2)
+    values = v_cache.to(wide).masked_fill(~seen[:, :, None, None], 0).repeat_interleave(group, 2)
+    scores = scale * torch.einsum("bhd,bthd->bht", q.to(wide), keys)
+    weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1).nan_to_num(0)
+    return torch.einsum("bht,bthd->bhd", weights, values).to(q.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, causal, scale):
+        out, lse = _forward_op(q, k, v, cu_seqlens, causal, scale)
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        ctx.causal, ctx.scale = causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        dq, dk, dv = _backward_op(dout, q, k, v, out, lse, cu_seqlens, ctx.causal, ctx.scale)
+        return dq, dk, dv, None, None, None
+
+
+def _rows(x):
+    """What the native code takes for (N, heads, D): address, token stride, head stride."""
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _unit_stride(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _sizes(q, k, cu_seqlens):
+    return cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, q.shape[0], q.shape[1], k.shape[1], q.shape[2]
+
+
+def _forward_cpu(q, k, v, cu_seqlens, causal, scale):
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    cu_seqlens = cu_seqlens.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    _C.attention_forward(
+        *_sizes(q, k, cu_seqlens), causal, scale, backend.DTYPES[q.dtype],
+        _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward_cpu(dout, q, k, v, out, lse, cu_seqlens, causal, scale):
+    q, k, v, dout = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(dout)
+    cu_seqlens = cu_seqlens.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    _C.attention_backward(
+        *_sizes(q, k, cu_seqlens), causal, scale, backend.DTYPES[q.dtype],
+        _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr(),
+        _rows(dout), _rows(dq), _rows(dk), _rows(dv), torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _decode_cpu(q, k_cache, v_cache, lengths, scale):
+    q, k_cache, v_cache = _unit_stride(q), _unit_stride(k_cache), _unit_stride(v_cache)
+    lengths = lengths.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _C.attention_decode(
+        q.shape[0], q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1], lengths.data_ptr(), scale,
+        backend.DTYPES[q.dtype], _rows(q), _rows(out), (k_cache.data_ptr(), *k_cache.stride()[:3]),
+        (v_cache.data_ptr(), *v_cache.stride()[:3]), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _check_bounds(bounds, tokens):
+    rises = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+    if bounds[0] != 0 or bounds[-1] != tokens or not rises:
+        raise ValueError(f"attention: expected cu_seqlens to rise from 0 to N = {tokens}")
+
+
+def _validate(q, k, v, cu_seqlens):
+    if q.dim() != 3 or not 1 <= q.shape[2] <= MAX_HEAD_DIM or q.shape[1] < 1:
+        raise ValueError(f"attention: expected q of shape (N, H, D) with D in 1..256, got {_shape(q)}")
+    N, H, D = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape[0] != N or x.shape[2] != D or x.shape[1] < 1 or x.shape[1] != k.shape[1]:
+            Hkv = "Hkv" if name == "k" or k.dim() != 3 else k.shape[1]
+            raise ValueError(f"attention: expected {name} of shape ({N}, {Hkv}, {D}), got {_shape(x)}")
+    if H % k.shape[1]:
+        raise ValueError(f"attention: expected H to be a multiple of Hkv, got {H} and {k.shape[1]}")
+    _validate_kind("attention", q, (k, v))
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"attention: expected cu_seqlens of shape (B+1,) in int32, got {_shape(cu_seqlens)} in {cu_seqlens.dtype}"
+        )
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"attention: expected cu_seqlens on {q.device}, got {cu_seqlens.device}")
+
+
+def _validate_decode(q, k_cache, v_cache, lengths):
+    if q.dim() != 3 or not 1 <= q.shape[2] <= MAX_HEAD_DIM or q.shape[1] < 1:
+        raise ValueError(f"attention_decode: expected q of shape (B, H, D) with D in 1..256, got {_shape(q)}")
+    B, H, D = q.shape
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        fits = x.dim() == 4 and x.shape[0] == B and x.shape[3] == D and x.shape == k_cache.shape
+        if not fits or x.shape[2] < 1 or H % x.shape[2]:
+            raise ValueError(
+                f"attention_decode: expected {name} of shape ({B}, Tmax, Hkv, {D}), Hkv dividing {H}, got {_shape(x)}"
+            )
+    _validate_kind("attention_decode", q, (k_cache, v_cache))
+    if lengths.shape != (B,) or lengths.dtype != torch.int32 or lengths.device != q.device:
+        raise ValueError(
+            f"attention_decode: expected lengths of shape ({B},) in int32 on {q.device}, "
+            f"got {_shape(lengths)} in {lengths.dtype} on {lengths.device}"
+        )
+
+
+def _validate_kind(op, q, others):
+    for x in others:
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{op}: expected q, k and v alike, got {q.dtype} on {q.device}, {x.dtype} on {x.device}")
+
+
+def _shape(x):
+    return str(tuple(x.shape))
+
+
+_forward_op = backend.define(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, float scale) -> (Tensor, Tensor)",
+    _forward_cpu,
+    lambda q, k, v, cu_seqlens, causal, scale: (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[:2], dtype=torch.float32),
+    ),
+)
+_backward_op = backend.define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
+    "bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+    _backward_cpu,
+    lambda dout, q, k, v, out, lse, cu_seqlens, causal, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+_decode_op = backend.define(
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor",
+    _decode_cpu,
+    lambda q, k_cache, v_cache, lengths, scale: q.new_empty(q.shape),
+)

@@ -1,0 +1,89 @@
+"""What can run an op here and, if not, why.
+
+``NANORLHF_BACKEND`` is read once: ``auto`` (the default) takes the native kernel where it can run, else the torch
+reference; ``cpu``, ``cuda`` and ``reference`` force one, and a forced backend that cannot run raises its reason.
+"""
+
+import os
+
+import torch
+
+from nanorlhf import _C
+
+BACKENDS = ("auto", "cpu", "cuda", "reference")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the native code's names for them
+LIBRARY = torch.library.Library("nanorlhf", "FRAGMENT")
+
+_C.isa()  # an NANORLHF_ISA that cannot be had is an error now, not in the middle of a run
+
+_forced = "auto"
+
+
+def force(name):
+    """Use one backend from now on, as ``NANORLHF_BACKEND`` does; returns the one in use before.
+
+    >>> before = force("reference")
+    >>> runnable("reference", torch.device("cpu"), torch.float64)
+    (True, 'plain torch runs everywhere')
+    >>> _ = force(before)
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"NANORLHF_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    return before
+
+
+force(os.environ.get("NANORLHF_BACKEND") or "auto")
+
+
+def runnable(backend, device, dtype):
+    """(ok, reason) for a backend on tensors of this device and dtype.
+
+    >>> runnable("cpu", torch.device("cpu"), torch.float64)
+    (False, 'the CPU kernels take float32 and bfloat16, not torch.float64')
+    """
+    if backend == "reference":
+        return True, "plain torch runs everywhere"
+    if backend == "cuda":
+        return False, "no CUDA kernel was built"
+    if device.type != "cpu":
+        return False, f"the CPU kernels cannot read memory on {device}"
+    if dtype not in DTYPES:
+        return False, f"the CPU kernels take float32 and bfloat16, not {dtype}"
+    return True, "CPU kernels, instruction set " + _C.isa()
+
+
+def use_native(op, x):
+    """Whether ``op`` on a tensor like ``x`` runs natively (else its torch reference).
+
+    Raises ValueError if a forced backend cannot run.
+    """
+    if _forced == "auto":
+        return x.device.type == "cpu" and x.dtype in DTYPES
+    if _forced == "reference":
+        return False
+    ok, reason = runnable(_forced, x.device, x.dtype)
+    if not ok:
+        raise ValueError(f"{op}: NANORLHF_BACKEND={_forced} cannot run here: {reason}")
+    return True
+
+
+def define(schema, cpu, fake):
+    """Register a native op with torch and return its callable. ``fake`` computes shapes only, for torch.compile."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"nanorlhf::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.nanorlhf, name).default
+
+
+def table():
+    """Rows (backend, device, dtype, ok, reason): what ``nanorlhf doctor`` prints."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    return [
+        (backend, str(device), str(dtype).removeprefix("torch."), *runnable(backend, device, dtype))
+        for device in devices
+        for backend in BACKENDS[1:]
+        for dtype in DTYPES
+    ]

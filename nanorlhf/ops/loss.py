@@ -1,0 +1,207 @@
+"""The log-probability of a token: the only place where it is formed.
+
+From hidden states and the output weight, the logits exist a chunk of rows at a time; neither pass holds (N, V).
+The reduction of a chunk and its gradient are native on the CPU (csrc/loss.h); the products are torch's.
+"""
+
+import math
+
+import torch
+
+from nanorlhf import _C
+from nanorlhf.ops import backend
+
+CHUNK_BYTES = 8 << 20  # logits held at a time: enough rows for the products to be efficient, few enough for the cache
+
+
+def next_token_positions(cu_seqlens):
+    """Every position whose successor is in the same sequence, (M,) int64: hidden[i] predicts tokens[i + 1].
+
+    cu_seqlens: (B+1,) int32. This is the only place that shifts by one.
+
+    >>> next_token_positions(torch.tensor([0, 3, 3, 5], dtype=torch.int32)).tolist()
+    [0, 1, 3]
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"next_token_positions: expected cu_seqlens of shape (B+1,), got {tuple(cu_seqlens.shape)}")
+    bounds = cu_seqlens.long()
+    has_next = torch.ones(int(bounds[-1]), dtype=torch.bool, device=cu_seqlens.device)
+    has_next[bounds[1:][bounds[1:] > bounds[:-1]] - 1] = False  # the last of each sequence that is not empty
+    return has_next.nonzero().squeeze(1)
+
+
+def token_logprobs(hidden, weight, targets, temperature=1.0):
+    """log softmax(hidden · weightᵀ / temperature) at the targets, and the entropy of that distribution.
+
+    hidden: (N, C); weight: (V, C); targets: (N,) int64 in [0, V). bf16 or fp32; products and sums are fp32.
+    Returns (logprobs (N,), entropy (N,)) in fp32 and nats (fp64 for fp64 input), both differentiable in hidden and
+    weight. Raises ValueError for shapes that do not fit, targets out of range, or temperature ≤ 0.
+
+    >>> hidden, weight = torch.randn(3, 8), torch.zeros(4, 8)  # all four tokens equally likely
+    >>> logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([0, 1, 3]))
+    >>> bool(((logprobs + math.log(4)).abs() < 1e-6).all() and ((entropy - math.log(4)).abs() < 1e-6).all())
+    True
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
+        raise ValueError(
+            "token_logprobs: expected hidden of shape (N, C) and weight of shape (V, C), "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    _validate("token_logprobs", hidden, targets, temperature)
+    if not (backend.use_native("token_logprobs", hidden) and backend.use_native("token_logprobs", weight)):
+        wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+        return logits_logprobs_reference(hidden.to(wide) @ weight.to(wide).T, targets, temperature)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _TokenLogprobs.apply(hidden, weight, targets, temperature)
+    return _forward_op(hidden, weight, targets, temperature)[:2]
+
+
+def logits_logprobs(logits, targets, temperature=1.0):
+    """The same from logits (N, V) that exist already. Differentiable in the logits.
+
+    >>> logprobs, entropy = logits_logprobs(torch.tensor([[0.0, -math.inf]]), torch.tensor([0]))
+    >>> logprobs.item(), entropy.item()
+    (0.0, 0.0)
+    """
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits_logprobs: expected logits of shape (N, V), got {tuple(logits.shape)}")
+    _validate("logits_logprobs", logits, targets, temperature)
+    if not backend.use_native("logits_logprobs", logits):
+        return logits_logprobs_reference(logits, targets, temperature)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _LogitsLogprobs.apply(logits, targets, temperature)
+    return _logits_forward_op(logits, targets, temperature)[:2]
+
+
+def logits_logprobs_reference(logits, targets, temperature=1.0):
+    """The same in plain torch."""
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise ValueError(f"token_logprobs: expected targets in [0, V = {logits.shape[1]})")
+    logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+    finite = logp.masked_fill(logp == -math.inf, 0)  # 0 · log 0 = 0
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * finite).sum(-1)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        logprobs, entropy, lse = _forward_op(hidden, weight, targets, temperature)
+        ctx.save_for_backward(hidden, weight, targets, entropy, lse)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, logprob_grad, entropy_grad):
+        dhidden, dweight = _backward_op(logprob_grad, entropy_grad, *ctx.saved_tensors, ctx.temperature)
+        return dhidden, dweight, None, None
+
+
+class _LogitsLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        logprobs, entropy, lse = _logits_forward_op(logits, targets, temperature)
+        ctx.save_for_backward(logits, targets, entropy, lse)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, logprob_grad, entropy_grad):
+        return _logits_backward_op(logprob_grad, entropy_grad, *ctx.saved_tensors, ctx.temperature), None, None
+
+
+def _reduce(is_backward, logits, targets, temperature, logprobs, entropy, lse, logprob_grad, entropy_grad):
+    """One native pass over contiguous logits. All vectors are contiguous slices of (N,)."""
+    _C.loss(
+        is_backward, logits.shape[0], logits.shape[1], logits.stride(0), backend.DTYPES[logits.dtype],
+        logits.data_ptr(), targets.data_ptr(), temperature, logprobs.data_ptr(), entropy.data_ptr(), lse.data_ptr(),
+        logprob_grad.data_ptr(), entropy_grad.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _chunks(N, V):
+    """(rows of a chunk, its slices)."""
+    rows = max(1, min(N, CHUNK_BYTES // (4 * V) or 1))
+    return rows, [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
+
+
+def _forward_cpu(hidden, weight, targets, temperature):
+    hidden, weight, targets = hidden.detach().float(), weight.detach().float(), targets.contiguous()
+    logprobs, entropy, lse = (torch.empty(hidden.shape[0]) for _ in range(3))
+    rows, chunks = _chunks(hidden.shape[0], weight.shape[0])
+    buffer = torch.empty(rows, weight.shape[0])
+    for at in chunks:
+        logits = torch.mm(hidden[at], weight.T, out=buffer[: at.stop - at.start])
+        _reduce(False, logits, targets[at], temperature, logprobs[at], entropy[at], lse[at], lse, lse)
+    return logprobs, entropy, lse
+
+
+def _backward_cpu(logprob_grad, entropy_grad, hidden, weight, targets, entropy, lse, temperature):
+    logprob_grad, entropy_grad = logprob_grad.contiguous(), entropy_grad.contiguous()
+    targets, dtypes = targets.contiguous(), (hidden.dtype, weight.dtype)
+    hidden, weight = hidden.detach().float(), weight.detach().float()
+    dhidden, dweight = torch.empty(hidden.shape), torch.zeros(weight.shape)
+    rows, chunks = _chunks(hidden.shape[0], weight.shape[0])
+    buffer = torch.empty(rows, weight.shape[0])
+    for at in chunks:
+        logits = torch.mm(hidden[at], weight.T, out=buffer[: at.stop - at.start])
+        _reduce(True, logits, targets[at], temperature, lse, entropy[at], lse[at], logprob_grad[at], entropy_grad[at])
+        torch.mm(logits, weight, out=dhidden[at])  # the logits are their gradient now
+        dweight.addmm_(logits.T, hidden[at])
+    return dhidden.to(dtypes[0]), dweight.to(dtypes[1])
+
+
+def _logits_forward_cpu(logits, targets, temperature):
+    logits, targets = logits.contiguous(), targets.contiguous()
+    logprobs, entropy, lse = (torch.empty(logits.shape[0]) for _ in range(3))
+    _reduce(False, logits, targets, temperature, logprobs, entropy, lse, lse, lse)
+    return logprobs, entropy, lse
+
+
+def _logits_backward_cpu(logprob_grad, entropy_grad, logits, targets, entropy, lse, temperature):
+    grad = logits.clone(memory_format=torch.contiguous_format)
+    logprob_grad, entropy_grad = logprob_grad.contiguous(), entropy_grad.contiguous()
+    _reduce(True, grad, targets.contiguous(), temperature, lse, entropy, lse, logprob_grad, entropy_grad)
+    return grad
+
+
+def _validate(op, rows, targets, temperature):
+    if targets.shape != rows.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"{op}: expected targets of shape ({rows.shape[0]},) in int64, got {tuple(targets.shape)} in {targets.dtype}"
+        )
+    if not rows.is_floating_point():
+        raise ValueError(f"{op}: expected floating point, got {rows.dtype}")
+    if not temperature > 0:
+        raise ValueError(f"{op}: expected temperature > 0, got {temperature}")
+
+
+def _fake_rows(x):
+    return tuple(x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(3))
+
+
+_forward_op = backend.define(
+    "token_logprobs_forward(Tensor hidden, Tensor weight, Tensor targets, float temperature) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward_cpu,
+    lambda hidden, weight, targets, temperature: _fake_rows(hidden),
+)
+_backward_op = backend.define(
+    "token_logprobs_backward(Tensor logprob_grad, Tensor entropy_grad, Tensor hidden, Tensor weight, Tensor targets, "
+    "Tensor entropy, Tensor lse, float temperature) -> (Tensor, Tensor)",
+    _backward_cpu,
+    lambda logprob_grad, entropy_grad, hidden, weight, targets, entropy, lse, temperature: (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(weight.shape),
+    ),
+)
+_logits_forward_op = backend.define(
+    "logits_logprobs_forward(Tensor logits, Tensor targets, float temperature) -> (Tensor, Tensor, Tensor)",
+    _logits_forward_cpu,
+    lambda logits, targets, temperature: _fake_rows(logits),
+)
+_logits_backward_op = backend.define(
+    "logits_logprobs_backward(Tensor logprob_grad, Tensor entropy_grad, Tensor logits, Tensor targets, "
+    "Tensor entropy, Tensor lse, float temperature) -> Tensor",
+    _logits_backward_cpu,
+    lambda logprob_grad, entropy_grad, logits, targets, entropy, lse, temperature: logits.new_empty(logits.shape),
+)
