@@ -51,6 +51,8 @@ WORD_COUNT = 20  # times a word must occur in the training sentences before a pr
 WORD_SOURCES = ("wiki", "plays", "bible", "films", "docstrings", "dialogue", "topics")
 WORD_PAIRS = 9_000  # cap per source, so that no source gives most of the pairs
 SIGNATURE_CHARACTERS = 80
+# Markup, code, quotations that may be cut open, and bytes that were no UTF-8.
+_NOT_PLAIN = re.compile(r"[`=<>{}\[\]|\\_*#/()\"“”\udc80-\udcff]|\.\.|--|http")
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,11 @@ def _paragraphs(source, document):
 def usable_sentence(sentence):
     """Whether a sentence can stand alone as a response: a capital first, a closing mark last, 5 to 25 words, plain.
 
-    >>> usable_sentence("The rain it raineth every day."), usable_sentence("and so on."), usable_sentence("See x = f(y[0]) there now.")
-    (True, False, False)
+    >>> usable_sentence("The rain it raineth every day."), usable_sentence("And x = f(y[0]) goes there now.")
+    (True, False)
     """
-    return (sentence[:1].isupper() and sentence[-1:] in ".!?" and not sentence.endswith("..")
-            and MIN_WORDS <= len(sentence.split()) <= MAX_WORDS and len(words(sentence)) >= MIN_WORDS
-            and not re.search(r"[`=<>{}\[\]|\\_*#/()\udc80-\udcff]|\.\.|--|\"|“|”|http", sentence)
-            and not sentence.isupper())
+    return (MIN_WORDS <= sentence.count(" ") + 1 <= MAX_WORDS and sentence[:1].isupper() and sentence[-1:] in ".!?"
+            and not _NOT_PLAIN.search(sentence) and not sentence.isupper() and len(words(sentence)) >= MIN_WORDS)
 
 
 def _sentences_of(source, documents):
@@ -111,7 +111,6 @@ def _sentences_of(source, documents):
     distinct = {}
     for document in documents:
         for paragraph in _paragraphs(source, document):
-            # A review is a line and a complete response; elsewhere lines run on.
             for sentence in sentences(paragraph):
                 if usable_sentence(sentence):
                     distinct.setdefault(sentence)
