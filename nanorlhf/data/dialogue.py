@@ -33,7 +33,7 @@ def parse_conversations(text):
         elif turn is not None and (inside_block or not body or not body.startswith("#")):
             turn.append(line)
     parsed = [[_scalar(turn) for turn in turns] for turns in conversations]
-    return [[turn for turn in turns if turn] for turns in parsed if any(turns)]
+    return [[turn.strip() for turn in turns if turn.strip()] for turns in parsed if any(turns)]
 
 
 def _opening(line):

@@ -59,8 +59,8 @@ def pretty_title(slug):
 
 
 def _capitalise(word):
-    # A word without a vowel is an abbreviation or a Roman number.
-    if word.isalpha() and (not set(word) & set("aeiouyáéíóúàèäöü") or set(word) <= set("ivx")) and len(word) > 1:
+    # A word without a vowel is an abbreviation or a Roman number; those of address are written like names.
+    if word not in ("mr", "mrs", "dr", "st", "jr", "sr") and word.isalpha() and (not set(word) & set("aeiouyáéíóúàèäöü") or set(word) <= set("ivx")) and len(word) > 1:
         return word.upper()
     return word[:1].upper() + word[1:]
 

@@ -16,7 +16,7 @@ def features(text):
     >>> features("Not good, not boring.")
     ['boring', 'good', 'good not', 'not', 'not boring', 'not good']
     >>> features("Brilliant")
-    ['brilli…', 'brilliant']
+    ['brilliant', 'brilli…']
     """
     tokens = _TOKEN.findall(text.lower().replace("’", "'"))
     beginnings = {token[:_STEM] + "…" for token in tokens if len(token) > _STEM}
