@@ -62,9 +62,13 @@ def test_conversations_equal_those_of_a_yaml_parser_on_the_installed_corpus():
     assert len(english) > 10
     for path in english:
         text = path.read_text("utf-8")
-        wanted = [[str(turn).strip() for turn in turns if turn is not None]
-                  for turns in yaml.load(text, yaml.BaseLoader)["conversations"]]
-        assert parse_conversations(text) == [[t for t in turns if t] for turns in wanted if any(turns)], path.name
+        wanted = yaml.load(text, yaml.BaseLoader)["conversations"]
+        parsed = parse_conversations(text)
+        assert len(parsed) == len(wanted), path.name
+        for ours, theirs in zip(parsed, wanted):
+            # The corpus has an entry whose turns are indented wrongly, which makes it one string and no list.
+            if isinstance(theirs, list):
+                assert ours == [turn.strip() for turn in theirs if turn.strip()], path.name
 
 
 def test_text_files_are_cut_into_documents_without_losing_a_byte(tmp_path):

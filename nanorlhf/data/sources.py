@@ -4,14 +4,11 @@ Documents are ``str``. Bytes that are not UTF-8 are kept as lone surrogates (``s
 ``document.encode("utf-8", "surrogateescape")`` gives the file's bytes back; nothing is dropped.
 """
 
-import functools
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import platform
 import re
-import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +16,10 @@ from . import archive
 from .archive import Unavailable
 from .dialogue import parse_conversations
 from .films import film_document, load_films, split_films
+from .stdlib import module_stubs, stdlib_files
 from .text import stable_hash
 
 STDLIB_BYTES = 6_000_000  # cap: the whole library is 12 MB and would take the tokenizer longer than it is worth
-# Tests, generated tables and vendored copies: not code that a person wrote to be read.
-_SKIPPED_FOLDERS = frozenset("test tests idlelib site-packages dist-packages pydoc_data encodings lib2to3 ensurepip "
-                             "__pycache__ turtledemo __phello__".split())
 _FILE_CHUNK = 4096  # bytes of a plain text file that make one document
 END_OF_TEXT = "<|endoftext|>"
 
@@ -63,41 +58,10 @@ def make_source(name, slot, kind, licence, version, documents, sha256="", keys=(
 
 # --- this Python ---------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=1)
-def _stdlib_files():
-    """(relative path, text) of the standard library's own files that hold text, sorted by path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")
-             if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
-    texts = ((key, path.read_bytes().decode("utf-8", "surrogateescape")) for key, path in sorted(found))
-    return tuple((key, text) for key, text in texts if text.strip())
-
-
-# A function's header (brackets nested at most twice) directly followed by a docstring. A pattern, not ast: it reads
-# the whole library in a fraction of a second, and a run needs no more than the functions that it does find.
-_DOCUMENTED = re.compile(r'''^[ \t]*(?:async[ ]+)?def[ ]+(\w+)(\((?:[^()#]|\((?:[^()#]|\([^()#]*\))*\))*\))[^\n:]*:\s*\n'''
-                         r'''[ \t]+[rR]?"""(.*?)"""''', re.M | re.S)
-
-
-def module_stubs(text):
-    """The documented functions of a module as stubs (header and docstring at the left margin), in order.
-
-    >>> module_stubs("class A:\\n  def f(self,\\n    x):\\n    " + '"' * 3 + "Return x." + '"' * 3)
-    ['def f(self, x):\\n    \"""Return x.\"""']
-    """
-    found = []
-    for name, arguments, doc in _DOCUMENTED.findall(text):
-        lines = inspect.cleandoc(doc).splitlines()
-        if lines:
-            body = "\n".join(("    " + line).rstrip() for line in lines).lstrip()
-            found.append(f'def {name}{" ".join(arguments.split())}:\n    """{body}"""')
-    return found
-
-
 def _stdlib(_):
     files, size = [], 0
     # In the order of a hash, so that the cap takes a sample of the library and not its first letters.
-    for key, text in sorted(_stdlib_files(), key=lambda item: stable_hash(item[0], "stdlib")):
+    for key, text in sorted(stdlib_files(), key=lambda item: stable_hash(item[0], "stdlib")):
         length = len(document_bytes(text))
         if size + length <= STDLIB_BYTES:
             files.append((key, text))
@@ -108,7 +72,7 @@ def _stdlib(_):
 
 
 def _docstrings(_):
-    stubs = [(key, "\n\n".join(module_stubs(text))) for key, text in _stdlib_files()]
+    stubs = [(key, "\n\n".join(module_stubs(text))) for key, text in stdlib_files()]
     stubs = [(key, text) for key, text in stubs if text]
     return make_source("docstrings", "code", "python", "PSF-2.0", platform.python_version(),
                        [text for _, text in stubs], keys=[key for key, _ in stubs])
