@@ -30,10 +30,10 @@ def parse_conversations(text):
                 conversations.append([])
             turn = [rest]
             conversations[-1].append(turn)
-        elif turn is not None and (body or turn[0].strip() in ("|", "|-")) and not body.startswith("#"):
+        elif turn is not None and (inside_block or not body or not body.startswith("#")):
             turn.append(line)
     parsed = [[_scalar(turn) for turn in turns] for turns in conversations]
-    return [[turn for turn in turns if turn] for turns in parsed if any(turns)]
+    return [[turn.strip() for turn in turns if turn.strip()] for turns in parsed if any(turns)]
 
 
 def _opening(line):

@@ -59,8 +59,9 @@ def pretty_title(slug):
 
 
 def _capitalise(word):
-    # A word without a vowel is an abbreviation or a Roman number.
-    if word.isalpha() and (not set(word) & set("aeiouyáéíóúàèäöü") or set(word) <= set("ivx")) and len(word) > 1:
+    # A word without a vowel is an abbreviation or a Roman number; those of address are written like names.
+    short = not set(word) & set("aeiouyáéíóúàèäöü") or set(word) <= set("ivx")
+    if short and len(word) > 1 and word.isalpha() and word not in ("mr", "mrs", "dr", "st", "jr", "sr"):
         return word.upper()
     return word[:1].upper() + word[1:]
 
@@ -87,7 +88,7 @@ def parse_films(text):
     for key, (title, category, sentence) in order.items():
         if len(owners[key]) == 1 and len(labels[key]) == 1:
             reviews.setdefault((title, category), []).append(sentence)
-    return [Film(title, plots[title], tuple(reviews.get((title, "fresh"), ())), tuple(reviews.get((title, "rotten"), ())))
+    return [Film(title, plots[title], *(tuple(reviews.get((title, category), ())) for category in ("fresh", "rotten")))
             for title in sorted(plots)]
 
 
@@ -104,7 +105,8 @@ def split_films(films, seed=0):
     both. A film without any text goes nowhere.
     """
     parts = ([], [], [])
-    for chosen in ([f for f in films if f.fresh or f.rotten], [f for f in films if not (f.fresh or f.rotten) and f.plot]):
+    reviewed = [film for film in films if film.fresh or film.rotten]
+    for chosen in (reviewed, [film for film in films if film.plot and not (film.fresh or film.rotten)]):
         ordered = sorted(chosen, key=lambda film: stable_hash(film.title, f"films {seed}"))
         first = round(TRAIN_SHARE * len(ordered))
         second = first + round(GOLD_SHARE * len(ordered))

@@ -4,14 +4,11 @@ Documents are ``str``. Bytes that are not UTF-8 are kept as lone surrogates (``s
 ``document.encode("utf-8", "surrogateescape")`` gives the file's bytes back; nothing is dropped.
 """
 
-import ast
-import functools
 import hashlib
 import importlib.metadata
 import json
 import platform
 import re
-import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +16,10 @@ from . import archive
 from .archive import Unavailable
 from .dialogue import parse_conversations
 from .films import film_document, load_films, split_films
+from .stdlib import module_stubs, stdlib_files
 from .text import stable_hash
 
 STDLIB_BYTES = 6_000_000  # cap: the whole library is 12 MB and would take the tokenizer longer than it is worth
-# Tests, generated tables and vendored copies: not code that a person wrote to be read.
-_SKIPPED_FOLDERS = frozenset("test tests idlelib site-packages dist-packages pydoc_data encodings lib2to3 ensurepip "
-                             "__pycache__ turtledemo __phello__".split())
 _FILE_CHUNK = 4096  # bytes of a plain text file that make one document
 END_OF_TEXT = "<|endoftext|>"
 
@@ -63,56 +58,21 @@ def make_source(name, slot, kind, licence, version, documents, sha256="", keys=(
 
 # --- this Python ---------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=1)
-def _stdlib_files():
-    """(relative path, text) of the standard library's own files, at most STDLIB_BYTES of them, sorted by path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")
-             if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
-    chosen, size = [], 0
-    # By hash, so that the cap takes a sample of the library and not its first letters.
-    for key, path in sorted(found, key=lambda item: stable_hash(item[0], "stdlib")):
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-        if text.strip() and size + len(text) <= STDLIB_BYTES:
-            chosen.append((key, text))
-            size += len(text)
-    return tuple(sorted(chosen))
-
-
-def stub(node, doc):
-    """A function's header and docstring, as they would stand at the left margin."""
-    body = "\n".join(("    " + line).rstrip() for line in doc.splitlines())
-    return f'def {node.name}({ast.unparse(node.args)}):\n    """{body.lstrip()}"""'
-
-
-def module_stubs(text):
-    """The documented functions of a module as stubs, in order; none when the file does not parse.
-
-    >>> print(module_stubs('def f(x):\\n  "Return x."\\n  return x')[0])
-    def f(x):
-        \"""Return x.\"""
-    """
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):
-        return []  # the library ships a few files that are meant not to parse
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            doc = ast.get_docstring(node)
-            if doc and '"""' not in doc:
-                found.append(stub(node, doc))
-    return found
-
-
 def _stdlib(_):
-    files = _stdlib_files()
+    files, size = [], 0
+    # In the order of a hash, so that the cap takes a sample of the library and not its first letters.
+    for key, text in sorted(stdlib_files(), key=lambda item: stable_hash(item[0], "stdlib")):
+        length = len(document_bytes(text))
+        if size + length <= STDLIB_BYTES:
+            files.append((key, text))
+            size += length
+    files.sort()
     return make_source("stdlib", "code", "python", "PSF-2.0", platform.python_version(),
                        [text for _, text in files], keys=[key for key, _ in files])
 
 
 def _docstrings(_):
-    stubs = [(key, "\n\n".join(module_stubs(text))) for key, text in _stdlib_files()]
+    stubs = [(key, "\n\n".join(module_stubs(text))) for key, text in stdlib_files()]
     stubs = [(key, text) for key, text in stubs if text]
     return make_source("docstrings", "code", "python", "PSF-2.0", platform.python_version(),
                        [text for _, text in stubs], keys=[key for key, _ in stubs])
