@@ -3,7 +3,8 @@
 Beside the keys that `validate` asks for, the page shows, where report.json has them: preset, seed, xz_bpb.{source},
 samples.stages = [{family, prompt, responses: {model: text}, gold: {model: score}}], length.{model} (tokens),
 diversity.{model}.distinct_2, reward.naive_bayes_pair_accuracy, ppo.gold_curve = [{kl, gold}], data[].slot,
-data[].used_bytes, and left_out = [reason].
+data[].documents, data[].epochs (how often pretraining read it), gold_by_family.{family}.{model}, and
+left_out = [reason].
 """
 
 import json
@@ -102,7 +103,7 @@ def render(report: Mapping, rows: list[dict], drawn: bool) -> str:
 
 def header(report: Mapping, drawn: bool) -> str:
     """Title, totals and the way to the sections."""
-    named = [f"{name} {report[key]}" for key, name in (("preset", "Preset"), ("seed", "seed")) if report.get(key) is not None]
+    named = [f"{word} {report[word.lower()]}" for word in ("Preset", "Seed") if report.get(word.lower()) is not None]
     rates = at(report, "win_rate", {})
     fall = [at(report, f"ppo.entropy.{model}") for model in ("sft", "ppo")]
     below, compared = below_xz(report)
@@ -137,12 +138,13 @@ def header(report: Mapping, drawn: bool) -> str:
 def data_card(report: Mapping) -> str:
     """Where the run's text comes from, under which licence, and how much of it was used."""
     used = [row for row in at(report, "data", []) if isinstance(row, Mapping)]
-    keys = ["source", "slot", "version", "licence", "bytes", "used_bytes", "sha256"]
+    keys = ["source", "slot", "version", "licence", "bytes", "documents", "epochs", "sha256"]
     parts = []
     if used:
         body = [[number(row.get(key)) for key in keys[:-1]] + [_digest(row.get("sha256"))] for row in used]
-        head = ["source", "slot", "version", "licence", "bytes", "bytes used", "sha256"]
-        parts.append(html_table("Sources; report.json has the digests in full", head, body, words=True))
+        head = ["source", "slot", "version", "licence", "bytes", "documents", "times read", "sha256"]
+        caption = "Sources; times read counts pretraining's passes; report.json has the digests in full"
+        parts.append(html_table(caption, head, body, words=True))
     else:
         parts.append(missing("the data card"))
     left_out = at(report, "left_out", [])

@@ -41,7 +41,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Intervals:
-    """One dot with its 95 % interval per label, as rows from top to bottom; `centre` is a dashed line to compare with."""
+    """A dot with its 95 % interval a label, in rows from the top down; `centre` is a dashed line to compare with."""
 
     name: str
     title: str
@@ -130,9 +130,9 @@ def _draw_lines(chart: Chart, axes) -> None:
         colour = SERIES[(k if line.colour is None else line.colour) % len(SERIES)]
         colours[line.label] = colour
         ys = [nan if y is None else y for y in line.ys]
-        shape = {"linestyle": "none", "marker": "o", "markersize": 3.5, "alpha": 0.6, "zorder": 1.9} if line.points else {}
-        if len(ys) < 12 and not line.points:
-            shape = {"marker": "o", "markersize": 4}
+        shape = {"marker": "o", "markersize": 4} if len(ys) < 12 else {}
+        if line.points:
+            shape = {"marker": "o", "markersize": 3.5, "linestyle": "none", "alpha": 0.6, "zorder": 1.9}
         axes.plot(line.xs, ys, color=colour, label=line.label, **shape)
     for label, y in chart.marks.items():
         owner = next((name for name in colours if label.endswith(name)), None)
@@ -171,6 +171,7 @@ def _inline(drawing: str, title: str) -> str:
     """matplotlib's SVG document as an element of an HTML page: no prologue, metadata, name spaces or fixed size."""
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.S)
+    drawing = re.sub(r"<style.*?</style>", "", drawing, flags=re.S)  # it would style the whole page
     drawing = re.sub(r"<!--.*?-->", "", drawing, flags=re.S)
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # several charts would repeat these ids
     drawing = drawing.replace("xlink:href=", "href=")

@@ -80,11 +80,18 @@ def _summary(report: dict, gold: Mapping, rates: Mapping) -> str:
     head = ["model", "gold", "95 %", "Elo", "95 %", "tokens a response", "distinct bigrams"]
     parts = [html_table("Each model in numbers", head, body)] if body else []
     body = [
-        [_duel(key), percent(at(rates, f"{key}.mean")), interval(at(rates, key), percent), number(at(rates, f"{key}.n"))]
-        for key in rates
+        [_duel(key), percent(at(row, "mean")), interval(row, percent), number(at(row, "n"))]
+        for key, row in rates.items()
     ]
     if body:
         parts.append(html_table("Win-rates, a tie counting one half", ["", "won", "95 %", "prompts"], body))
+    by_family = at(report, "gold_by_family", {})
+    if by_family:
+        body = [
+            [family.replace("_", " "), *(number(at(row, f"{model}.mean")) for model in models)]
+            for family, row in by_family.items()
+        ]
+        parts.append(html_table("Mean gold score by family of prompts", ["family", *map(_name, models)], body))
     sft, tuned = at(report, "length.sft"), at(report, "length.ppo")
     if sft and tuned is not None:
         parts.append(f"<p>{text(f'PPO answers are {percent(tuned / sft)} as long as SFT answers.')}</p>")

@@ -104,7 +104,8 @@ def reward_model(report: dict, rows: list[dict], drawn: bool) -> str:
     parts = []
     trained = [row for row in steps(rows, "reward") if row.get("loss") is not None]
     if trained:
-        parts += ['<div class="charts">', _loss(trained, "reward", "step", drawn), _pair_accuracy(rows, drawn), "</div>"]
+        parts += ['<div class="charts">', _loss(trained, "reward", "step", drawn)]
+        parts += [_pair_accuracy(rows, drawn), "</div>"]
     else:
         parts.append(missing("the loss of the reward model"))
     accuracy, bayes = at(report, "reward.pair_accuracy", {}), at(report, "reward.naive_bayes_pair_accuracy")
@@ -243,10 +244,10 @@ def _step_health(trained: list[dict], drawn: bool) -> str:
 
 def _pair_accuracy(rows: list[dict], drawn: bool) -> str:
     """Pair accuracy in training batches and on each held-out source."""
-    batches = [(row["step"], row["pair_accuracy"]) for row in steps(rows, "reward") if row.get("pair_accuracy") is not None]
+    trained = [row for row in steps(rows, "reward") if row.get("pair_accuracy") is not None]
     lines = []
-    if batches:
-        xs, ys = zip(*batches, strict=True)
+    if trained:
+        xs, ys = [row["step"] for row in trained], [row["pair_accuracy"] for row in trained]
         lines.append(Series("training batches, smoothed", xs, smooth(ys, max(1, len(ys) // 40)), colour=5))
     evaluated = [row for row in events(rows, "reward", "eval") if row.get("pair_accuracy")]
     for k, source in enumerate(dict.fromkeys(source for row in evaluated for source in row["pair_accuracy"])):

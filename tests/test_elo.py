@@ -90,15 +90,15 @@ def test_intervals_hold_the_rating_and_are_the_same_for_the_same_seed():
 
 
 def test_intervals_cover_the_true_gap_about_95_times_in_100():
-    """Truth: x wins 70 %. Half the gap is each model's rating; 300 experiments, 4 s.e. of 0.95 is 0.05."""
+    """Truth: x wins 70 %. Half the gap is each model's rating; 150 experiments, 4 s.e. of 0.95 is 0.07."""
     rng = np.random.default_rng(3)
     truth = 1000 + 200 * math.log10(0.7 / 0.3)
     covered = 0
-    for seed in range(300):
+    for seed in range(150):
         x = (rng.random(150) < 0.7).astype(float)
         low, high = ratings({"x": x, "y": 1 - x}, resamples=200, seed=seed)["x"]["ci95"]
         covered += low <= truth <= high
-    assert 0.90 <= covered / 300 <= 0.99
+    assert 0.88 <= covered / 150 <= 0.995
 
 
 @pytest.mark.parametrize(

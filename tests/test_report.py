@@ -11,7 +11,10 @@ from nanorlhf.evals import elo, winrate
 from nanorlhf.metrics import MetricsLog
 from nanorlhf.report import REQUIRED, render, validate, write_report
 
-HOSTILE = '</p><script>alert("x")</script><img src="https://example.com/x.png" onerror=alert(1)> $body {{x}} \x00\ud800\u202e'
+HOSTILE = (
+    '</p><script>alert("x")</script><img src="https://example.com/x.png" onerror=alert(1)> $body {{x}} '
+    "\x00\ud800\u202e"
+)
 MODELS = ["base", "base_prompted", "sft", "best_of_n", "ppo"]
 
 
@@ -33,6 +36,7 @@ def made_up_report() -> dict:
             "sft_vs_base_prompted": winrate.win_rate(scores["sft"], scores["base_prompted"]),
             "ppo_vs_sft": winrate.win_rate(scores["ppo"], scores["sft"]),
         },
+        "gold_by_family": {"titles": {m: winrate.mean_ci95(values[:50]) for m, values in scores.items()}},
         "elo": elo.ratings(scores, resamples=50),
         "length": {"sft": 20.0, "ppo": 23.0},
         "diversity": {m: {"distinct_2": 0.4} for m in MODELS},
@@ -40,13 +44,14 @@ def made_up_report() -> dict:
             "stages": [
                 {
                     "family": family, "prompt": f"Write a line about {what}.", "gold": {"sft": 0.5, "ppo": 1.0},
-                    "responses": {m: f"{m} says\n{HOSTILE}" if what == "rain" else f"{m} on {what}" for m in MODELS[1:]},
+                    "responses": {m: f"{m}\n{HOSTILE}" if what == "rain" else f"{m} on {what}" for m in MODELS[1:]},
                 }
                 for family in ("film_reviews", "titles") for what in ("rain", "sun", "snow", "fog")
             ]
         },
         "data": [
-            {"source": s, "slot": "books", "version": "1.0", "sha256": "ab" * 32, "bytes": 1_000_000, "used_bytes": 900_000,
+            {"source": s, "slot": "books", "version": "1.0", "sha256": "ab" * 32, "bytes": 1_000_000, "documents": 77,
+             "epochs": 1.25,
              "licence": "CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/"} for s in sources
         ],
         "left_out": ["plays: no network & no cache"],
@@ -64,22 +69,23 @@ def write_made_up_run(folder) -> None:
         if step % 80 == 0:
             for prompt in ("The king", "def add(a, b):"):
                 log.append({"stage": "pretrain", "step": step, "event": "sample", "tokens": tokens, "prompt": prompt,
-                            "text": HOSTILE if step == 80 else f"{prompt} at step {step} says:\nwhat it can"})  # fmt: skip
+                            "text": HOSTILE if step == 80 else f"{prompt} at step {step}:\nwhat it can"})  # fmt: skip
             bpb = {s: 1.5 + k / 2 + 4 * math.exp(-step / 80) for k, s in enumerate(["code", "prose", "plays"])}
             log.append({"stage": "pretrain", "step": step, "event": "eval", "tokens": tokens, "bpb": bpb})
-        log.append({"stage": "pretrain", "step": step, "tokens": tokens, "loss": loss, "lr": 1e-3, "grad_norm": 1 + loss,
-                    "tokens_per_s": 12000.0})  # fmt: skip
+        log.append({"stage": "pretrain", "step": step, "tokens": tokens, "loss": loss, "lr": 1e-3,
+                    "grad_norm": 1 + loss, "tokens_per_s": 12000.0})  # fmt: skip
     for step in range(1, 101):
         log.append({"stage": "sft", "step": step, "loss": 3 - step / 100, "lr": 1e-4})
-        log.append({"stage": "reward", "step": step, "loss": 0.7 - step / 400, "lr": 1e-4, "pair_accuracy": 0.5 + step / 300})
+        log.append({"stage": "reward", "step": step, "loss": 0.7 - step / 400, "pair_accuracy": 0.5 + step / 300})
     for step in (1, 50, 100):
         log.append({"stage": "sft", "step": step, "event": "eval", "response_bpb": 2.4 - step / 150})
         held_out = {"film reviews": 0.5 + step / 350, "simulated": 0.5 + step / 400}
         log.append({"stage": "reward", "step": step, "event": "eval", "pair_accuracy": held_out})
     for step in range(60):
         kl = 6.25 * step / 59
-        log.append({"stage": "ppo", "step": step, "score": math.sqrt(kl), "kl": kl - 0.01, "kl_coef": 0.05, "entropy": 2 - step / 120,
-                    "length": 20 + step / 20, "policy_loss": -0.01, "value_loss": 0.3, "clip_fraction": 0.05, "ratio_max": 1.4,
+        log.append({"stage": "ppo", "step": step, "score": math.sqrt(kl), "kl": kl - 0.01, "kl_coef": 0.05,
+                    "entropy": 2 - step / 120, "length": 20 + step / 20, "policy_loss": -0.01, "value_loss": 0.3,
+                    "clip_fraction": 0.05, "ratio_max": 1.4,
                     "explained_variance": None if step == 0 else 0.5, "reward": 0.8 * math.sqrt(kl),
                     **({"gold": math.sqrt(kl) - 0.1 * kl} if step % 10 == 0 else {})})  # fmt: skip
 
@@ -174,10 +180,11 @@ def test_the_page_is_balanced_and_its_ids_are_unique_and_reached(page):
 def test_the_figures_of_the_run_are_on_the_page(page):
     words = Page(page).text
     for figure in [
-        "12 min 34 s", "Preset cpu, seed 0", "12,346 tokens a second", "80.1 %", "2 of 3",
-        "it fell from 2 to 1.5 nats a token (-25 %)", "from 2.4 to 1.7 bits per byte", "PPO answers are 115.0 % as long",
-        "SFT over Prompted base", "PPO over SFT", "plays: no network & no cache", "CC BY-SA 4.0", "n_layer", "[0.9, 0.95]",
-        "Best of n", "naive Bayes", "initialisation", "step 80, 327,680 tokens", "film reviews", "2 more",
+        "12 min 34 s", "Preset cpu, Seed 0", "12,346 tokens a second", "80.1 %", "2 of 3", "1.25",
+        "it fell from 2 to 1.5 nats a token (-25 %)", "from 2.4 to 1.7 bits per byte",
+        "PPO answers are 115.0 % as long", "SFT over Prompted base", "PPO over SFT", "Best of n", "naive Bayes",
+        "Mean gold score by family", "plays: no network & no cache", "CC BY-SA 4.0", "n_layer", "[0.9, 0.95]",
+        "initialisation", "step 80, 327,680 tokens", "film reviews", "2 more",
     ]:  # fmt: skip
         assert figure in words, figure
     assert "Not in this run" not in words and "Not in report.json" not in words
@@ -231,7 +238,8 @@ def test_a_whole_report_has_no_gaps_and_each_missing_key_is_named():
     assert validate(made_up_report()) == []
     assert validate({}) == list(REQUIRED)
     partial = made_up_report()
-    del partial["win_rate"]["ppo_vs_sft"]["n"], partial["data"][1]["sha256"], partial["elo"]["sft"]["ci95"], partial["ppo"]["kl"]
+    del partial["win_rate"]["ppo_vs_sft"]["n"], partial["data"][1]["sha256"]
+    del partial["elo"]["sft"]["ci95"], partial["ppo"]["kl"]
     partial["reward"]["pair_accuracy"] = {}
     assert validate(partial) == [
         "reward.pair_accuracy.*", "ppo.kl", "win_rate.ppo_vs_sft.n", "elo.sft.ci95", "data.1.sha256",

@@ -97,4 +97,4 @@ def _check_finite_maximum(wins: np.ndarray) -> None:
     for _ in range(max(1, math.ceil(math.log2(n_model)))):
         reached = (reached[..., :, :, None] & reached[..., None, :, :]).any(-2)
     if not reached.all():
-        raise ValueError("bradley_terry: expected every model to lose to the rest at least once, got one that never does")
+        raise ValueError("bradley_terry: expected every model to lose to the rest at least once, got one that does not")
