@@ -111,11 +111,16 @@ py::bytes decode(const bpe::Model& model, const py::array_t<int64_t, py::array::
 py::list pieces_of(const std::string& pattern, const py::bytes& text) {
     std::string_view bytes = view(text);
     py::list out;
-    pretokenize::for_each_piece(pretokenize::pattern_of(pattern.c_str()), reinterpret_cast<const uint8_t*>(bytes.data()),
-                                bytes.size(), [&](const uint8_t* p, size_t n) {
-                                    out.append(py::bytes(reinterpret_cast<const char*>(p), n));
-                                });
+    Pattern rule = pretokenize::pattern_of(pattern.c_str());
+    pretokenize::for_each_piece(
+        rule, reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(),
+        [&](const uint8_t* p, size_t n) { out.append(py::bytes(reinterpret_cast<const char*>(p), n)); });
     return out;
+}
+
+size_t safe_cut(const py::bytes& text, size_t from) {
+    std::string_view bytes = view(text);
+    return pretokenize::safe_cut(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), from);
 }
 
 // The corpus as it is counted, then the merges.
@@ -156,6 +161,7 @@ private:
 void bind_tokenizer(py::module_& m) {
     m.def("pretokenize", &pieces_of, "The pieces of UTF-8 text (bytes) under a named pattern.", py::arg("pattern"),
           py::arg("text"));
+    m.def("safe_cut", &safe_cut, "Where UTF-8 text (bytes) may be cut, at or after a position; its size if nowhere.");
     m.def("code_point_class", &pretokenize::class_of, "The class bits of a code point; see unicode_tables.h.");
     py::class_<Training>(m, "BpeTraining", "Counts the pieces of a corpus, then finds the merges.")
         .def(py::init<int>(), py::arg("threads"))

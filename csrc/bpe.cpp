@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
-#include <queue>
+#include <functional>
 #include <stdexcept>
 #include <thread>
 
@@ -20,7 +20,7 @@ const uint8_t* data(std::string_view s) { return reinterpret_cast<const uint8_t*
 
 }  // namespace
 
-// A direct-mapped memory of pieces of up to 15 bytes: a new piece overwrites what was in its slot, so the size is fixed.
+// A direct-mapped memory of pieces of up to 15 bytes: a new piece overwrites what its slot held, so the size is fixed.
 struct Model::Cache {
     static constexpr size_t kSlots = 1 << 15, kIds = 11, kBytes = 15;
     struct Slot {
@@ -71,7 +71,7 @@ Model::Model(std::vector<std::string> bytes, std::vector<Kind> kinds, const std:
     }
     for (int b = 0; b < 256; b++)
         if (byte_id_[b] == kEnd)
-            throw std::invalid_argument("Tokenizer: expected a token for every byte, got none for byte " + std::to_string(b));
+            throw std::invalid_argument("Tokenizer: expected a token for every byte, got none for " + std::to_string(b));
     for (const Merge& m : merges) {
         size_t n = bytes_.size();
         if (m.left >= n || m.right >= n || m.token >= n || bytes_[m.left] + bytes_[m.right] != bytes_[m.token])
@@ -102,7 +102,7 @@ std::vector<Merge> Model::all_splits(const std::vector<std::string>& bytes, cons
 
 // ---------------------------------------------------------------- pieces
 
-void Model::encode_uncached(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const {
+void Model::encode_piece(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const {
     if (n == 0) return;
     if (whole_piece_first_) {
         auto hit = whole_.find({reinterpret_cast<const char*>(piece), n});
@@ -115,8 +115,6 @@ void Model::encode_uncached(const uint8_t* piece, size_t n, std::vector<uint32_t
     else if (n <= kShort) merge_short(piece, n, out);
     else merge_long(piece, n, out);
 }
-
-void Model::encode_piece(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const { encode_uncached(piece, n, out); }
 
 // pair[i] is what tokens i and i + 1 merge to (rank << 32 | token), all ones if nothing: its minimum is the next merge.
 void Model::merge_short(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const {
@@ -181,13 +179,13 @@ void Model::merge_long(const uint8_t* piece, size_t n, std::vector<uint32_t>& ou
 
 void Model::encode_text(Pattern pattern, std::string_view text, Cache& cache, std::vector<uint32_t>& out) const {
     pretokenize::for_each_piece(pattern, data(text), text.size(), [&](const uint8_t* piece, size_t n) {
-        if (n > Cache::kBytes) return encode_uncached(piece, n, out);
+        if (n > Cache::kBytes) return encode_piece(piece, n, out);
         uint64_t low, high;
         Cache::key_of(piece, n, low, high);
         Cache::Slot& slot = cache.slots[mix(low ^ 0x9E3779B97F4A7C15u, high ^ 0xD6E8FEB86659FD93u) % Cache::kSlots];
         if (slot.low != low || slot.high != high) {
             size_t before = out.size();
-            encode_uncached(piece, n, out);
+            encode_piece(piece, n, out);
             if (out.size() - before > Cache::kIds) return;
             slot.low = low, slot.high = high;
             slot.n = static_cast<uint32_t>(out.size() - before);
@@ -224,26 +222,16 @@ void Model::encode(Pattern pattern, std::string_view text, const std::vector<Spe
 // Long texts are cut at safe places, short ones lie together: each job is about kJobBytes, and writes one part.
 Model::Batch Model::encode_batch(Pattern pattern, const std::vector<std::string_view>& texts, int threads) const {
     constexpr size_t kJobBytes = 1 << 18;
-    struct Span {
-        std::string_view text;
-        size_t owner;
-        int64_t n_ids;
-    };
-    std::vector<Span> spans;
-    std::vector<size_t> jobs;  // the first span of each job
+    std::vector<pretokenize::Span> spans = pretokenize::cut_texts(texts, kJobBytes);
+    std::vector<int64_t> n_ids(spans.size());
+    std::vector<size_t> jobs;  // the first span of each job, then the end
     size_t filled = kJobBytes;
-    for (size_t t = 0; t < texts.size(); t++) {
-        for (size_t start = 0; start < texts[t].size();) {
-            size_t left = texts[t].size() - start;
-            size_t n = left > 2 * kJobBytes ? pretokenize::safe_cut(data(texts[t]) + start, left, kJobBytes) : left;
-            if (filled >= kJobBytes) {
-                jobs.push_back(spans.size());
-                filled = 0;
-            }
-            spans.push_back({texts[t].substr(start, n), t, 0});
-            filled += n;
-            start += n;
+    for (size_t s = 0; s < spans.size(); s++) {
+        if (filled >= kJobBytes) {
+            jobs.push_back(s);
+            filled = 0;
         }
+        filled += spans[s].text.size();
     }
     jobs.push_back(spans.size());
 
@@ -260,7 +248,7 @@ Model::Batch Model::encode_batch(Pattern pattern, const std::vector<std::string_
                 for (size_t s = jobs[j]; s < jobs[j + 1]; s++) {
                     size_t before = out.size();
                     encode_text(pattern, spans[s].text, *lease.cache, out);
-                    spans[s].n_ids = static_cast<int64_t>(out.size() - before);
+                    n_ids[s] = static_cast<int64_t>(out.size() - before);
                 }
             }
         } catch (...) {
@@ -275,7 +263,7 @@ Model::Batch Model::encode_batch(Pattern pattern, const std::vector<std::string_
         if (e) std::rethrow_exception(e);
 
     batch.offsets.assign(texts.size() + 1, 0);
-    for (const Span& s : spans) batch.offsets[s.owner + 1] += s.n_ids;
+    for (size_t s = 0; s < spans.size(); s++) batch.offsets[spans[s].owner + 1] += n_ids[s];
     for (size_t t = 0; t < texts.size(); t++) batch.offsets[t + 1] += batch.offsets[t];
     return batch;
 }

@@ -1,9 +1,9 @@
 // Encoding and decoding with a byte-level BPE.
 //
-// One table of pairs serves both meanings that such a vocabulary can have. A merge list (Hugging Face) gives each listed
-// pair its place in the list as rank. Ranks by bytes (tiktoken) give every split of a token into two tokens the token's
-// own rank; and a piece that is a token as a whole is taken whole. Either way the leftmost pair of the lowest rank
-// merges first.
+// One table of pairs serves both meanings that such a vocabulary can have. A merge list (Hugging Face) ranks each listed
+// pair by its place in the list. Ranks by bytes (tiktoken) give every split of a token into two tokens the token's own
+// rank; and a piece that is a token as a whole is taken whole. Either way the leftmost pair of the lowest rank merges
+// first.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -35,7 +35,8 @@ class Model {
 public:
     // bytes[id] and kinds[id] describe the vocabulary, which must hold all 256 single bytes as ordinary tokens.
     // Throws std::invalid_argument for a missing byte, or a merge whose tokens do not concatenate to its result.
-    Model(std::vector<std::string> bytes, std::vector<Kind> kinds, const std::vector<Merge>& merges, bool whole_piece_first);
+    Model(std::vector<std::string> bytes, std::vector<Kind> kinds, const std::vector<Merge>& merges,
+          bool whole_piece_first);
     ~Model();
 
     // Appends the ids of one piece.
@@ -70,8 +71,8 @@ private:
     mutable std::mutex idle_lock_;
     mutable std::vector<std::unique_ptr<Cache>> idle_;
 
-    void encode_text(pretokenize::Pattern pattern, std::string_view text, Cache& cache, std::vector<uint32_t>& out) const;
-    void encode_uncached(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const;
+    void encode_text(pretokenize::Pattern pattern, std::string_view text, Cache& cache,
+                     std::vector<uint32_t>& out) const;
     void merge_short(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const;
     void merge_long(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const;
 };

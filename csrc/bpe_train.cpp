@@ -52,50 +52,30 @@ void PieceCounter::add_pieces(const std::vector<std::string_view>& pieces) {
     for (std::string_view p : pieces) add_piece(reinterpret_cast<const uint8_t*>(p.data()), p.size(), 1);
 }
 
-namespace {
-
-// Texts cut at safe places into spans of about `target` bytes, in order.
-std::vector<std::string_view> spans_of(const std::vector<std::string_view>& texts, size_t target) {
-    std::vector<std::string_view> spans;
-    for (std::string_view text : texts) {
-        auto* s = reinterpret_cast<const uint8_t*>(text.data());
-        for (size_t start = 0; start < text.size();) {
-            size_t n = text.size() - start;
-            size_t cut = n > 2 * target ? pretokenize::safe_cut(s + start, n, target) : n;
-            spans.push_back(text.substr(start, cut));
-            start += cut;
-        }
-    }
-    return spans;
-}
-
-}  // namespace
-
 // Every thread counts one stretch of the text; the tables are joined in text order, so the order of first occurrence
 // does not depend on the number of threads.
 void PieceCounter::add(Pattern pattern, const std::vector<std::string_view>& texts, int threads) {
     size_t total = 0;
     for (auto t : texts) total += t.size();
-    auto count_spans = [pattern](PieceCounter& table, const std::string_view* first, const std::string_view* last) {
-        for (; first != last; first++)
-            pretokenize::for_each_piece(pattern, reinterpret_cast<const uint8_t*>(first->data()), first->size(),
+    auto spans = pretokenize::cut_texts(texts, std::max<size_t>(1 << 16, total / (8 * threads)));
+    auto count_spans = [&](PieceCounter& table, size_t first, size_t last) {
+        for (size_t i = first; i < last; i++)
+            pretokenize::for_each_piece(pattern, reinterpret_cast<const uint8_t*>(spans[i].text.data()),
+                                        spans[i].text.size(),
                                         [&](const uint8_t* p, size_t n) { table.add_piece(p, n, 1); });
     };
-    if (threads <= 1 || total < (1u << 20)) {
-        count_spans(*this, texts.data(), texts.data() + texts.size());
-        return;
-    }
-    std::vector<std::string_view> spans = spans_of(texts, std::max<size_t>(1 << 16, total / (8 * threads)));
+    if (threads <= 1 || total < (1u << 20)) return count_spans(*this, 0, spans.size());
+
     std::vector<PieceCounter> tables(threads);
     std::vector<std::exception_ptr> errors(threads);
     std::vector<std::thread> workers;
     size_t start = 0, seen = 0;
     for (int w = 0; w < threads; w++) {
-        size_t end = start;
-        while (end < spans.size() && (w + 1 == threads || seen < total / threads * (w + 1))) seen += spans[end++].size();
+        size_t end = start, share = total / threads * (w + 1);
+        while (end < spans.size() && (w + 1 == threads || seen < share)) seen += spans[end++].text.size();
         workers.emplace_back([&, w, start, end] {
             try {
-                count_spans(tables[w], spans.data() + start, spans.data() + end);
+                count_spans(tables[w], start, end);
             } catch (...) {
                 errors[w] = std::current_exception();
             }
@@ -128,7 +108,10 @@ struct MappedFile {
         if (size) data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
         close(fd);
         if (!size) throw std::invalid_argument("Tokenizer.train: expected text in " + path + ", got an empty file");
-        if (data == MAP_FAILED) throw std::invalid_argument("Tokenizer.train: expected a file that can be mapped, got " + path);
+        if (data == MAP_FAILED) {
+            data = nullptr;
+            throw std::invalid_argument("Tokenizer.train: expected a file that can be mapped, got " + path);
+        }
         madvise(data, size, MADV_SEQUENTIAL);
     }
     MappedFile(MappedFile&& other) noexcept : data(other.data), size(other.size) { other.data = nullptr; }
@@ -190,7 +173,8 @@ public:
         while (merges.size() < n_merges && !heap_.empty()) {
             Candidate top = heap_.top();
             heap_.pop();
-            if (top.count != pairs_[top.pair].count || (tie_ == TieBreak::first && top.key != first_position(top.pair))) {
+            bool moved = tie_ == TieBreak::first && top.key != first_position(top.pair);
+            if (moved || top.count != pairs_[top.pair].count) {
                 push(top.pair);  // what it knew is out of date; counts only fall and positions only rise
                 continue;
             }
@@ -294,7 +278,9 @@ private:
         for (size_t fresh = known; fresh < pairs_.size(); fresh++) push(static_cast<uint32_t>(fresh));
     }
 
-    void lose(uint32_t left, uint32_t right, int64_t count) { pairs_[index_.find(PairTable::key(left, right))].count -= count; }
+    void lose(uint32_t left, uint32_t right, int64_t count) {
+        pairs_[index_.find(PairTable::key(left, right))].count -= count;
+    }
 };
 
 }  // namespace

@@ -17,7 +17,7 @@ namespace bpe {
 //   first  the pair that occurs first in the text as it now stands
 enum class TieBreak { hf, raw, first };
 
-// Distinct pieces with their counts, in the order of their first occurrence. Not thread-safe; add() uses threads itself.
+// Distinct pieces with their counts, in the order of their first occurrence. Not thread-safe; add() uses threads.
 class PieceCounter {
 public:
     // Counts the pieces of each text. The bytes need to last only for the call.

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "unicode_tables.h"
 
@@ -242,6 +241,20 @@ size_t safe_cut(const uint8_t* text, size_t n, size_t from) {
         if (visible || (i >= 4 && is_cjk_lead(text[i - 4]) && is_tail(text[i - 3]) && is_tail(text[i - 2]))) return i;
     }
     return n;
+}
+
+std::vector<Span> cut_texts(const std::vector<std::string_view>& texts, size_t target) {
+    std::vector<Span> spans;
+    for (size_t t = 0; t < texts.size(); t++) {
+        std::string_view rest = texts[t];
+        while (!rest.empty()) {
+            auto* s = reinterpret_cast<const uint8_t*>(rest.data());
+            size_t n = rest.size() > 2 * target ? safe_cut(s, rest.size(), target) : rest.size();
+            spans.push_back({rest.substr(0, n), t});
+            rest.remove_prefix(n);
+        }
+    }
+    return spans;
 }
 
 uint8_t class_of(uint32_t code_point) { return class_table()[code_point]; }

@@ -6,6 +6,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
+#include <vector>
 
 namespace pretokenize {
 
@@ -20,6 +22,15 @@ size_t piece_end(Pattern pattern, const uint8_t* text, size_t n, size_t start);
 // The first position in [from, n) where text may be cut so that both halves, split on their own, give the pieces of the
 // whole under every pattern; n if there is none.
 size_t safe_cut(const uint8_t* text, size_t n, size_t from);
+
+// A stretch of the text number `owner`.
+struct Span {
+    std::string_view text;
+    size_t owner;
+};
+
+// The texts, in order, the long ones cut at safe places into stretches of about `target` bytes. Empty texts give none.
+std::vector<Span> cut_texts(const std::vector<std::string_view>& texts, size_t target);
 
 // The class bits of a code point below 0x110000, as listed in unicode_tables.h.
 uint8_t class_of(uint32_t code_point);

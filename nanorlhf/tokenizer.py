@@ -15,13 +15,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import regex
 
 from nanorlhf import _C
-from nanorlhf.tokenizer_json import PATTERNS, SPELLINGS, Vocabulary, read_folder, read_json, read_tiktoken, write_folder
+from nanorlhf.pretokenize import PATTERNS, known_pattern, pieces
+from nanorlhf.tokenizer_json import Vocabulary, read_folder, read_json, read_tiktoken, write_folder
 
 TIE_BREAKS = ("hf", "raw", "first")
-_ALIASES = {"gpt4": "cl100k"}
 _BATCH_BYTES = 1 << 26  # text gathered before the native counter is called
 
 
@@ -35,34 +34,6 @@ def _utf8(text: str | bytes, caller: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-
-
-def _known_pattern(pattern: str) -> str:
-    """The name of a split rule that has a native scanner; any other pattern as it is, once it compiles."""
-    if not isinstance(pattern, str):
-        raise ValueError(f"Tokenizer: expected a pattern's name or a regular expression, got {type(pattern).__name__}")
-    name = _ALIASES.get(pattern, SPELLINGS.get(pattern, pattern))
-    if name in PATTERNS:
-        return name
-    if re.fullmatch(r"[\w-]*", name):
-        names = ", ".join([*PATTERNS, *_ALIASES])
-        raise ValueError(f"Tokenizer: expected one of {names} or a regular expression, got {pattern!r}")
-    try:
-        regex.compile(name)
-    except regex.error as error:
-        raise ValueError(f"Tokenizer: expected a regular expression, got {pattern!r} ({error})") from error
-    return name
-
-
-def _regex_pieces(compiled: regex.Pattern, data: bytes) -> list[bytes]:
-    """Splits by a regular expression. Text between matches is a piece too, so nothing is lost."""
-    text = data.decode("utf-8", "surrogateescape")
-    pieces, end = [], 0
-    for match in compiled.finditer(text):
-        pieces += [text[end : match.start()], match.group()]
-        end = match.end()
-    pieces.append(text[end:])
-    return [p.encode("utf-8", "surrogateescape") for p in pieces if p]
 
 
 def _default_threads() -> int:
@@ -81,8 +52,7 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary):
         v = self._vocabulary = vocabulary
-        v.pattern = _known_pattern(v.pattern)
-        self._regex = None if v.pattern in PATTERNS else regex.compile(v.pattern)
+        v.pattern = known_pattern(v.pattern)
         specials = sorted(v.special_tokens.values())
         by_bytes = v.merges is None
         self._model = _C.BpeModel(v.tokens, specials, v.merges or [], v.results, by_bytes, v.whole_piece_first)
@@ -135,13 +105,13 @@ class Tokenizer:
         """
         special_tokens = list(special_tokens)
         if tie_break not in TIE_BREAKS:
-            raise ValueError(f"Tokenizer.train: expected tie_break to be one of {', '.join(TIE_BREAKS)}, got {tie_break!r}")
+            raise ValueError(f"Tokenizer.train: expected tie_break among {', '.join(TIE_BREAKS)}, got {tie_break!r}")
         if len(set(special_tokens)) != len(special_tokens) or not all(isinstance(s, str) and s for s in special_tokens):
             raise ValueError(f"Tokenizer.train: expected distinct, non-empty special tokens, got {special_tokens}")
         fixed = 256 + len(special_tokens)
-        if not isinstance(vocab_size, int) or vocab_size < fixed:
+        if not isinstance(vocab_size, (int, np.integer)) or vocab_size < fixed:
             raise ValueError(f"Tokenizer.train: expected vocab_size of at least {fixed}, got {vocab_size}")
-        pattern = _known_pattern(pattern)
+        pattern = known_pattern(pattern)
         training = _count(texts_or_paths, pattern)
         merges = training.merges(vocab_size - fixed, TIE_BREAKS.index(tie_break))
         if len(merges) < vocab_size - fixed:
@@ -192,13 +162,13 @@ class Tokenizer:
         """
         data = self._normalized(_utf8(text, "Tokenizer.encode"))
         known = self._vocabulary.special_tokens
-        names = known if isinstance(allowed_special, str) and allowed_special == "all" else allowed_special
-        names = [names] if isinstance(names, str) else names
+        names = list(known) if allowed_special == "all" else allowed_special
+        names = [names] if isinstance(names, str) else list(names)
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"Tokenizer.encode: expected allowed_special among {sorted(known)}, got {unknown[0]!r}")
         specials = [(self._vocabulary.tokens[known[name]], known[name]) for name in names]
-        if self._regex is None:
+        if self.pattern in PATTERNS:
             return self._model.encode(self.pattern, data, specials)
         return self._encode_by_regex(data, dict(specials))
 
@@ -213,7 +183,7 @@ class Tokenizer:
             raise ValueError(f"Tokenizer.encode_batch: expected a list of texts, got {type(texts).__name__}")
         if threads is not None and threads < 1:
             raise ValueError(f"Tokenizer.encode_batch: expected threads of at least 1, got {threads}")
-        if self._regex is None:
+        if self.pattern in PATTERNS:
             data = [self._normalized(_utf8(text, "Tokenizer.encode_batch")) for text in texts]
             return self._model.encode_batch(self.pattern, data, threads or _default_threads())
         ids = [self.encode(text) for text in texts]
@@ -222,7 +192,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of ids. Raises KeyError for an id that the vocabulary does not have."""
-        return self._model.decode(np.asarray(ids, dtype=np.int64).reshape(-1))
+        array = np.asarray(ids)
+        if array.size and array.dtype.kind not in "iu":
+            raise ValueError(f"Tokenizer.decode: expected integer ids, got dtype {array.dtype}")
+        return self._model.decode(array.astype(np.int64).reshape(-1))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, with U+FFFD for bytes that are not UTF-8. Raises KeyError for an unknown id."""
@@ -243,7 +216,7 @@ class Tokenizer:
         parts = re.split(b"(" + b"|".join(map(re.escape, longest_first)) + b")", data) if specials else [data]
         ids: list[int] = []
         for i, part in enumerate(parts):
-            ids += [specials[part]] if i % 2 else self._model.encode_pieces(_regex_pieces(self._regex, part))
+            ids += [specials[part]] if i % 2 else self._model.encode_pieces(pieces(self.pattern, part))
         return ids
 
     def __reduce__(self):
@@ -283,15 +256,14 @@ def _count(texts_or_paths: Iterable[str | bytes | os.PathLike], pattern: str) ->
     if isinstance(texts_or_paths, os.PathLike):
         texts_or_paths = [texts_or_paths]
     training = _C.BpeTraining(_default_threads())
-    compiled = None if pattern in PATTERNS else regex.compile(pattern)
     batch: list[bytes] | list[str] = []
     batch_is_files, size = False, 0
 
     def flush() -> None:
         nonlocal batch, size
-        if compiled:
+        if pattern not in PATTERNS:
             for text in batch:
-                training.add_pieces(_regex_pieces(compiled, _read(text) if batch_is_files else text))
+                training.add_pieces(pieces(pattern, _read(text) if batch_is_files else text))
         elif batch:
             training.add_files(pattern, batch) if batch_is_files else training.add(pattern, batch)
         batch, size = [], 0

@@ -8,43 +8,11 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# The split rules by name, in a spelling that means the same to Hugging Face's engine, tiktoken's and Python's `regex`.
-# (?![\s\S]) is the end of the text: $ and \Z differ between the three.
-PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "cl100k": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s++(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s"
-    ),
-    "o200k": (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    "llama3": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    "qwen2": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
-
-# Other spellings of the same rules, as they stand in published tokenizers.
-SPELLINGS = {pattern: name for name, pattern in PATTERNS.items()} | {
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt2",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
-    (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-    ): "cl100k",
-}
-
+from nanorlhf.pretokenize import PATTERNS, SPELLINGS
 
 @dataclass
 class Vocabulary:
@@ -68,6 +36,7 @@ def _byte_alphabet() -> list[str]:
 
 
 BYTE_TO_CHAR = _byte_alphabet()
+_MOST_TOKENS = 1 << 24  # a larger id is a damaged file, and would ask for that much memory
 CHAR_TO_BYTE = {c: b for b, c in enumerate(BYTE_TO_CHAR)}
 
 
@@ -134,6 +103,18 @@ def to_json(v: Vocabulary) -> dict:
     }
 
 
+def _by_id(pairs: Iterable[tuple[int, bytes]]) -> list[bytes]:
+    """Tokens at the places of their ids, b"" where there is none."""
+    pairs = list(pairs)
+    most = max((i for i, _ in pairs), default=-1)
+    if any(i < 0 or not token for i, token in pairs) or most >= _MOST_TOKENS:
+        raise ValueError(f"Tokenizer.load: expected non-empty tokens with ids from 0 to {_MOST_TOKENS - 1}, got others")
+    tokens = [b""] * (most + 1)
+    for i, token in pairs:
+        tokens[i] = token
+    return tokens
+
+
 def _pattern_of(pre_tokenizer: dict | None) -> str:
     """The split rule of a tokenizer.json: ByteLevel alone, or Split followed by ByteLevel."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
@@ -142,17 +123,18 @@ def _pattern_of(pre_tokenizer: dict | None) -> str:
     if known and kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt2"
     if known and kinds == ["Split", "ByteLevel"] and not steps[-1].get("use_regex", True):
-        split = steps[0]
-        regex = split["pattern"].get("Regex")
-        if regex and split["behavior"] in ("Isolated", "Removed") and split["invert"] == (split["behavior"] == "Removed"):
+        regex = steps[0]["pattern"].get("Regex")
+        # Two ways to say the same: keep what matches and what lies between, or remove all but what matches.
+        if regex and (steps[0]["behavior"], steps[0]["invert"]) in (("Isolated", False), ("Removed", True)):
             return SPELLINGS.get(regex, regex)
-    raise ValueError(f"Tokenizer.load: expected a byte-level split without prefix space, got {json.dumps(pre_tokenizer)[:200]}")
+    got = json.dumps(pre_tokenizer)[:200]
+    raise ValueError(f"Tokenizer.load: expected a byte-level split without prefix space, got {got}")
 
 
 def from_json(data: dict) -> Vocabulary:
     """Reads a tokenizer.json object. Raises ValueError for anything but a plain byte-level BPE."""
     model, normalizer = data.get("model", {}), data.get("normalizer")
-    plain = model.get("type") == "BPE" and not any(
+    plain = model.get("type") == "BPE" and "vocab" in model and "merges" in model and not any(
         model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     )
     if not plain or normalizer not in (None, {"type": "NFC"}):
@@ -162,12 +144,8 @@ def from_json(data: dict) -> Vocabulary:
         )
     special_tokens = {t["content"]: t["id"] for t in data.get("added_tokens") or []}
     vocab = {text: i for text, i in model["vocab"].items() if special_tokens.get(text) != i}
-    spelled = {text: _unspell(text) for text in vocab}
-    tokens = [b""] * (1 + max([*vocab.values(), *special_tokens.values()], default=-1))
-    for text, i in vocab.items():
-        tokens[i] = spelled[text]
-    for text, i in special_tokens.items():
-        tokens[i] = text.encode()
+    ordinary = [(i, _unspell(text)) for text, i in vocab.items()]
+    tokens = _by_id(ordinary + [(i, text.encode()) for text, i in special_tokens.items()])
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     try:
         merges = [(vocab[a], vocab[b]) for a, b in pairs]
@@ -181,7 +159,7 @@ def from_json(data: dict) -> Vocabulary:
 
 def read_tiktoken(path: Path, pattern: str) -> Vocabulary:
     """Reads a rank file: on each line the base64 of a token, a space and its rank, which is its id."""
-    ranks = {}
+    ranks: dict[int, bytes] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line:
             continue
@@ -189,11 +167,8 @@ def read_tiktoken(path: Path, pattern: str) -> Vocabulary:
             token, rank = line.split()
             ranks[int(rank)] = base64.b64decode(token, validate=True)
         except (ValueError, binascii.Error) as error:
-            raise ValueError(f"Tokenizer.load: expected a token in base64 and its rank on line {number} of {path}") from error
-    tokens = [b""] * (1 + max(ranks, default=-1))
-    for rank, token in ranks.items():
-        tokens[rank] = token
-    return Vocabulary(tokens, {}, pattern, merges=None)
+            raise ValueError(f"Tokenizer.load: expected base64, a space and a rank on line {number} of {path}") from error
+    return Vocabulary(_by_id(ranks.items()), {}, pattern, merges=None)
 
 
 def write_folder(v: Vocabulary, folder: Path) -> None:
