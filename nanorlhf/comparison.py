@@ -28,7 +28,8 @@ def answers(run) -> tuple:
     found = compare(systems["base"], systems["sft"], systems["ppo"], examples, train,
                     lambda sequences: score_all(scorer, sequences), config.eval.best_of, config.eval.shots,
                     config.ppo.max_new_tokens, config.eval.temperature, config.seed)
-    judge = GoldJudge.fit(run.corpus.films.gold if run.corpus.films else [])
+    reference = [text for documents in run.corpus.held_out.values() for text in documents]
+    judge = GoldJudge.fit(run.corpus.films.gold if run.corpus.films else [], reference)
     scores = {name: [judge.score(e, text) for e, text in zip(examples, a.texts)] for name, a in found.items()}
     return examples, found, scores
 

@@ -98,7 +98,7 @@ class RewardConfig:
     k: int = 8  # completions of a prompt that are ranked together
     groups_per_step: int = 8
     simulated_prompts: int = 320  # prompts whose K sampled completions the simulated labeller ranks
-    labeller_noise: float = 0.15  # share of the labeller's pairwise judgements that are turned round
+    labeller_temperature: float = 0.5  # of the simulated labeller's Bradley-Terry noise
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, muon_lr=0.003, decay=0.9))
 
 
@@ -106,6 +106,7 @@ class RewardConfig:
 class PPOConfig:
     steps: int = 40
     prompts: int = 128  # rollouts in a step
+    distinct_prompts: int = 3000  # that they are drawn from, shared over the families
     max_new_tokens: int = 48
     temperature: float = 1.0
     epochs: int = 2  # passes over each batch of rollouts

@@ -47,11 +47,11 @@ class MetricsLog:
             file.write(line.encode("ascii"))
 
     def truncate_after(self, stage: str, step: int) -> None:
-        """Drop the rows of `stage` past `step`, those that a run resumed from `step` will write again.
+        """Drop the rows of `stage` past `step`, and its events at `step`: a run resumed from `step` writes them again.
 
         Rows of other stages stay. The new file is written beside the old one, synced, and renamed over it.
         """
-        kept = [row for row in read(self.path.parent) if row["stage"] != stage or row["step"] <= step]
+        kept = [row for row in read(self.path.parent) if row["stage"] != stage or row["step"] < step or (row["step"] == step and "event" not in row)]
         fresh = self.path.with_suffix(".jsonl.tmp")
         with open(fresh, "w", encoding="ascii") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)

@@ -112,7 +112,7 @@ def human_rankings(run, films, k: int, seed: int) -> List[Ranking]:
     """Reviews of one film as answers to the prompt for a favourable line, or an unfavourable one."""
     rankings = []
     for group in review_groups(films, k, seed):
-        prompt = film_prompt(group.prompt_kind, group.title, seed)
+        prompt = film_prompt(group.prompt_kind, group.title, f"{seed} {group.completions[0]}")
         sequences = [chat_format.render(run.tokenizer, [{"role": "user", "content": prompt},
                                                         {"role": "assistant", "content": text}])[0]
                      for text in group.completions]
@@ -126,12 +126,13 @@ def sampled_rankings(run, model: Model, examples: List[Example], seed: int) -> L
     k, starts = config.reward.k, render_prompts(assistant, examples)
     drawn = generate(model, starts, config.ppo.max_new_tokens, k, [assistant.end],
                      SamplingConfig(config.ppo.temperature), seed)
-    labeller = Labeller.fit(run.corpus.films, noise=config.reward.labeller_noise, seed=seed)
+    films = run.corpus.films
+    labeller = Labeller.fit(films.train if films else [], config.reward.labeller_temperature)
     rankings = []
     for i, (example, start) in enumerate(zip(examples, starts)):
         mine = [c for c in drawn[i * k:(i + 1) * k] if c.finished]
         if len(mine) >= 2:
-            ranks = labeller.rank(example, [assistant.text(c).strip() for c in mine])
+            ranks = labeller.rank(example, [assistant.text(c).strip() for c in mine], seed)
             rankings.append(Ranking("simulated", [start + c.ids for c in mine], list(ranks)))
     return [r for r in rankings if len(set(r.ranks)) > 1]
 
@@ -164,7 +165,7 @@ def film_pairs(run, films) -> List[Ranking]:
     rankings = []
     for film in films:
         if film.fresh and film.rotten:
-            prompt = film_prompt(FAVOURABLE, film.title, 0)
+            prompt = film_prompt(FAVOURABLE, film.title, film.title)
             sequences = [chat_format.render(run.tokenizer, [{"role": "user", "content": prompt},
                                                             {"role": "assistant", "content": text}])[0]
                          for text in film.fresh + film.rotten]
@@ -181,8 +182,7 @@ def ppo_stage(run) -> None:
     judge = Judge(lambda sequences: score_all(scorer, sequences) - offset, end)
     room = config.model.context - config.ppo.max_new_tokens
     asked = render_prompts(Assistant(policy, run.tokenizer), prompts(run.corpus.demonstrations[0], GOLD_FAMILIES,
-                                                                     4 * config.ppo.prompts * config.ppo.steps,
-                                                                     config.seed + 1))
+                                                                     config.ppo.distinct_prompts, config.seed + 1))
     rows = []
     ppo(policy, ref, value, judge, [p for p in asked if len(p) < room], config.ppo, config.seed, state,
         lambda row: (rows.append(row), run.log(row)))

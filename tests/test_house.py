@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports of nanorlhf go down or stay on their floor.
 FLOORS = [
     {"_C", "_cuda"},
-    {"ops", "tokenizer", "tokenizer_json", "chat"},
+    {"ops", "tokenizer", "tokenizer_json", "pretokenize", "chat"},
     {"model", "lora", "quant", "data", "optim", "checkpoint", "parallel", "interop", "config", "metrics"},
     {"engine", "assistant"},
     {"train", "evals"},
@@ -22,7 +22,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STAGES = {"pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo", "best_of_n"}  # these never import one another
-NATIVE_ROOMS = {"ops", "tokenizer", "chat", "__init__"}  # the only ones that touch _C and _cuda
+NATIVE_ROOMS = {"ops", "tokenizer", "pretokenize", "chat", "__init__"}  # the only ones that touch _C and _cuda
 
 # A native file is tested under its own stem, or under that of the Python module which is its public face.
 FACES = {"bpe": "tokenizer", "pretokenize": "tokenizer", "isa": "backend"}

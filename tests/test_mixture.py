@@ -12,7 +12,7 @@ EOT = 0
 
 
 def stream(first, documents, length):
-    """Documents of ids first, first+1, …, each closed by EOT."""
+    """Documents of ids first, first+1, …, each between two EOT."""
     ids, offsets = np.arange(documents * length) + first, np.arange(documents + 1) * length
     return pack(ids, offsets, EOT)
 
@@ -21,8 +21,8 @@ def source(name, documents, keys=()):
     return make_source(name, "code", "file", "none", "1", documents, keys=keys)
 
 
-def test_packing_closes_every_document_also_an_empty_one():
-    assert pack(np.array([5, 6, 7]), np.array([0, 2, 2, 3]), EOT).tolist() == [5, 6, EOT, EOT, 7, EOT]
+def test_packing_opens_and_closes_every_document_also_an_empty_one():
+    assert pack(np.array([5, 6, 7]), np.array([0, 2, 2, 3]), EOT).tolist() == [EOT, 5, 6, EOT, EOT, EOT, EOT, 7, EOT]
     assert pack(np.array([], np.int32), np.array([0]), EOT).dtype == np.int32
 
 
@@ -77,11 +77,13 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(0, 9), st.integers(0, 2**31))
-def test_sequences_break_after_every_end_of_text_and_at_every_row(row_tokens, rows, step, seed):
+def test_sequences_start_at_every_opening_end_of_text_and_at_every_row(row_tokens, rows, step, seed):
     mixture = Mixture({"a": stream(1, 12, 4), "b": stream(100, 3, 1)}, {"a": 1, "b": 1}, row_tokens, seed, EOT)
     tokens, cu_seqlens = mixture.batch(step, rows)
     assert tokens.shape == (rows * row_tokens,) and str(tokens.dtype) == "torch.int64"
-    wanted = {0, *range(0, rows * row_tokens + 1, row_tokens), *(i + 1 for i, t in enumerate(tokens.tolist()) if t == EOT)}
+    ids = tokens.tolist()
+    wanted = {*range(0, rows * row_tokens + 1, row_tokens),
+              *(i for i in range(1, len(ids)) if ids[i] == ids[i - 1] == EOT)}
     assert cu_seqlens.tolist() == sorted(wanted) and str(cu_seqlens.dtype) == "torch.int32"
 
 

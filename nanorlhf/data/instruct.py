@@ -75,6 +75,15 @@ def _phrase(family, key, **fields):
     return choices[stable_hash(key, family) % len(choices)].format(**fields)
 
 
+def film_prompt(kind, title, key):
+    """The prompt for a favourable or an unfavourable line about a film; ``key`` decides its phrasing.
+
+    >>> "Heat" in film_prompt("favourable", "Heat", "any")
+    True
+    """
+    return _phrase(kind, key, title=title)
+
+
 def _capitalised(text):
     return text[:1].upper() + text[1:]
 

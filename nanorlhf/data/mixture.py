@@ -67,15 +67,17 @@ def _held_out(documents, keys, share, cap):
 
 
 def pack(ids, offsets, eot_id):
-    """Documents end to end, each closed by <|endoftext|>.
+    """Documents end to end, each opened and closed by <|endoftext|>: it is what the first token is predicted from, and
+    the model learns to predict it at the end.
 
-    ids (N,) int32 and offsets (B+1,) int64 as Tokenizer.encode_batch gives them; returns (N + B,) int32.
+    ids (N,) int32 and offsets (B+1,) int64 as Tokenizer.encode_batch gives them; returns (N + 2B,) int32.
 
     >>> pack(np.array([1, 2, 3], np.int32), np.array([0, 2, 3]), 9).tolist()
-    [1, 2, 9, 3, 9]
+    [9, 1, 2, 9, 9, 3, 9]
     """
     offsets = np.asarray(offsets)
-    return np.insert(np.asarray(ids, dtype=np.int32), offsets[1:], np.int32(eot_id))
+    ends = np.stack([offsets[:-1], offsets[1:]], axis=1).ravel()
+    return np.insert(np.asarray(ids, dtype=np.int32), ends, np.int32(eot_id))
 
 
 class Mixture:
@@ -132,7 +134,7 @@ class Mixture:
     def batch(self, step, rows):
         """(tokens (rows·row_tokens,) int64, cu_seqlens (B+1,) int32) of one step.
 
-        A sequence starts at every row and after every <|endoftext|>, which belongs to the document it ends.
+        A sequence starts at every row and at every <|endoftext|> that opens a document: one that follows another.
         """
         if step < 0 or rows < 1:
             raise ValueError(f"Mixture.batch: expected step ≥ 0 and rows ≥ 1, got {step} and {rows}")
@@ -140,8 +142,8 @@ class Mixture:
         self._grow(first + rows)
         tokens = np.concatenate([self._row(self.names[self._choice[n]], self._ordinal[n])
                                  for n in range(first, first + rows)])
-        breaks = np.union1d(np.flatnonzero(tokens == self.eot_id) + 1,
-                            np.arange(0, len(tokens) + 1, self.row_tokens))
+        end = tokens == self.eot_id
+        breaks = np.union1d(np.flatnonzero(end[1:] & end[:-1]) + 1, np.arange(0, len(tokens) + 1, self.row_tokens))
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(breaks.astype(np.int32))
 
     def epochs(self, step, rows):
