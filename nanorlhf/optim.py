@@ -25,7 +25,7 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def orthogonalise(G: Tensor, iterations: int = 5) -> Tensor:
-    """(..., m, n) → a matrix with the same singular vectors and singular values near 1 (within about 0.3).
+    """(k, m, n) → k matrices, each with the same singular vectors and singular values near 1 (within about 0.3).
 
     The quintic iteration X ← aX + (bA + cA²)X with A = XXᵀ and Jordan's coefficients, in the type of ``G``.
     """
@@ -34,7 +34,7 @@ def orthogonalise(G: Tensor, iterations: int = 5) -> Tensor:
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         A = X @ X.mT
-        X = a * X + (b * A + c * (A @ A)) @ X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if G.shape[-2] > G.shape[-1] else X
 
 

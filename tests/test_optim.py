@@ -11,7 +11,7 @@ SMALL = ModelConfig(vocab_size=50, hidden_size=16, layers=1, heads=2, kv_heads=1
                     context=32)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6), (3, 7, 5)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 6, 20), (2, 20, 6), (3, 7, 5)])
 def test_orthogonalise_keeps_singular_vectors_and_brings_values_near_one(shape):
     """With G = U S Vᵀ the result must be U S' Vᵀ, S' in about [0.7, 1.2], so UᵀXV is diagonal."""
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Instruction and response pairs: the responses are what people wrote, the prompts are derived from them.
 
-Families: word (a sentence that holds a given word), favourable and unfavourable (a critic's line about a film),
+Families: word (a sentence that holds a given word), repeat (a given sentence as it is), favourable and unfavourable (a critic's line about a film),
 describe (an encyclopaedia title in one line), docstring (the first sentence of a function's docstring).
 """
 
@@ -34,6 +34,12 @@ PHRASINGS = {
         "Give me one negative sentence about the movie “{title}”.",
         "Warn against the film “{title}” in one sentence.",
     ),
+    # Copying is what a small model finds hardest, and every other family leans on it: here each token teaches it.
+    "repeat": (
+        "Repeat this sentence:\n{sentence}",
+        "Copy this line word for word:\n{sentence}",
+        "Say exactly this:\n{sentence}",
+    ),
     "describe": (
         "Describe “{title}” in one line.",
         "What is “{title}”? Answer in a few words.",
@@ -51,6 +57,8 @@ MAX_RESPONSE_WORDS = 30
 WORD_COUNT = 20  # times a word must occur in the training sentences before a prompt asks for it
 WORD_SOURCES = ("wiki", "plays", "bible", "films", "docstrings", "dialogue", "topics")
 WORD_PAIRS = 9_000  # cap per source, so that no source gives most of the pairs
+REPEAT_EVERY = 5  # one in so many word sentences, if short, is also one to repeat …
+REPEAT_WORDS = 14  # … of at most so many words
 SIGNATURE_CHARACTERS = 80
 # Markup, code, quotations that may be cut open, and bytes that were no UTF-8.
 _NOT_PLAIN = re.compile(r"[`=<>{}\[\]|\\_*#/()\"“”\udc80-\udcff]|\.\.|--|http")
@@ -164,6 +172,13 @@ def _word_family(parts, split, rng):
             [e for name, found in held.items() for e in _word_examples(name, found, vocabulary, rng)])
 
 
+def _repeat_family(word_examples):
+    """Some of the word family's sentences, to be repeated as they are."""
+    chosen = [e for e in word_examples if stable_hash(e.response, "repeat") % REPEAT_EVERY == 0]
+    return [Example("repeat", _phrase("repeat", e.response, sentence=e.response), e.response,
+                    {"source": e.meta["source"]}) for e in chosen if len(e.response.split()) <= REPEAT_WORDS]
+
+
 # --- films, titles, functions --------------------------------------------------------------------------------------
 
 def _film_family(films):
@@ -223,6 +238,7 @@ def instruct_pairs(sources, film_split=None, seed=0):
     """
     parts, rng = split_held_out(sources), random.Random(f"instruct {seed}")
     train, held = _word_family(parts, film_split, rng)
+    train, held = train + _repeat_family(train), held + _repeat_family(held)
     if film_split is not None:
         train += _film_family(film_split.train)
         held += _film_family(film_split.test)

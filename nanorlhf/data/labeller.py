@@ -13,7 +13,7 @@ from .sentiment import Sentiment
 from .text import stable_hash
 
 # Points of utility for each rule that holds; a point is one unit of log-odds at temperature 1.
-RULE_POINTS = {"one_line": 1.0, "length": 1.5, "no_repeat": 1.5, "one_sentence": 2.0, "word": 4.0, "article": 3.0,
+RULE_POINTS = {"one_line": 1.0, "length": 1.5, "no_repeat": 1.5, "one_sentence": 2.0, "word": 4.0, "exact": 4.0, "article": 3.0,
                "period": 0.5, "verb": 1.5, "names": 1.5}
 SENTIMENT_POINTS = 1.0  # per unit of the classifier's log-odds in the asked direction …
 SENTIMENT_CAP = 4.0  # … which is capped, so that no extreme word buys back a broken sentence

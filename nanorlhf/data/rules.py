@@ -5,7 +5,7 @@ import re
 from .text import STOP_WORDS, sentences, stem, words
 
 DEFAULT_BOUNDS = (3, 30)  # words, for an example that carries no bounds of its family
-SENTENCE_FAMILIES = frozenset(("word", "favourable", "unfavourable", "docstring"))  # describe asks for a phrase
+SENTENCE_FAMILIES = frozenset(("word", "repeat", "favourable", "unfavourable", "docstring"))  # describe asks for a phrase
 # Verbs that docstrings begin with, in the bare form; the form in -s counts as well.
 _VERBS = frozenset(
     """accept acquire add adjust advance allocate allow append apply assert assign attach bind block break build call
@@ -110,7 +110,7 @@ def check(example, response):
     """The checks that apply to an example's family: {name: bool}.
 
     Always one_line, length (within the family's human bounds) and no_repeat (no three words twice); one_sentence
-    where a sentence is asked for; word for the family word; article (at least half of the content words occur in
+    where a sentence is asked for; word for the family word; exact for repeat; article (at least half of the content words occur in
     the article's text) for describe; period, verb and names for docstring.
     """
     meta = example.meta
@@ -123,6 +123,8 @@ def check(example, response):
         found["one_sentence"] = is_one_sentence(response)
     if example.family == "word":
         found["word"] = has_word(response, meta["word"])
+    if example.family == "repeat":
+        found["exact"] = response.strip() == example.response
     if example.family == "describe":
         found["article"] = stem_share(response, meta.get("extract", "")) >= 0.5
     if example.family == "docstring":

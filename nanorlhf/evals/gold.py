@@ -61,7 +61,7 @@ class GoldJudge:
 
         word: 1 if the word is there, else 0. favourable, unfavourable: probability that the line leans that way (½
         without a sentiment classifier). describe: share of the response's content words whose stem occurs in the
-        article or its human description. docstring: mean of the checks verb, names and period.
+        article or its human description. repeat: 1 if the response is the sentence, else 0. docstring: mean of the checks verb, names and period.
         """
         meta = example.meta
         if example.family == "word":
@@ -69,6 +69,8 @@ class GoldJudge:
         if example.family in (FAVOURABLE, UNFAVOURABLE):
             up = self.sentiment.probability(response) if self.sentiment is not None else 0.5
             return up if example.family == FAVOURABLE else 1 - up
+        if example.family == "repeat":
+            return float(response.strip() == example.response)
         if example.family == "describe":
             return rules.stem_share(response, f"{meta.get('extract', '')} {example.response}")
         if example.family == "docstring":
