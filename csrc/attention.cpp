@@ -65,7 +65,7 @@ void attention_decode(const DecodeProblem& p, int num_threads) {
     for (int64_t b = 0; b < p.batch; ++b) length = std::max<int64_t>(length, p.lengths[b]);
     const int64_t count = p.batch * p.kv_heads;
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), std::max<int64_t>(count, 1)));
-    Scratch scratch(threads, padded(length) + 2 * padded(p.head_dim));
+    Scratch scratch(threads, padded(length) + 16 * padded(p.head_dim));
     const Kernels& table = kernels();
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count * length > 4096)
     for (int64_t i = 0; i < count; ++i)

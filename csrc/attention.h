@@ -18,7 +18,9 @@ struct AttentionProblem {
     float scale;
     int dtype;       // of all Rows
     Rows q, k, v, out;
-    float* lse;      // (N, heads), natural logarithm
+    // (N, heads), natural logarithm. fp64: rounded to fp32 it would cost the gradient, which takes it as the exact
+    // normaliser of a whole row, two bits.
+    double* lse;
     Rows dout, dq, dk, dv;  // backward only; out and lse are then inputs
 };
 
@@ -41,12 +43,12 @@ struct DecodeProblem {
 
 // Floats of scratch that one task needs; both arguments are multiples of 16.
 constexpr int64_t KEYS_PER_PASS = 256;     // scores of 16 queries against these stay in the L1 cache
-constexpr int64_t QUERIES_PER_PASS = 512;  // backward: two (512, 16) tiles stay in the L2 cache
+constexpr int64_t QUERIES_PER_PASS = 128;  // backward: two (128, 16) tiles stay in the L1 cache
 constexpr int64_t attention_forward_scratch(int64_t length, int64_t dim) {
     return 2 * length * dim + 2 * 16 * dim + 16 * KEYS_PER_PASS;
 }
 constexpr int64_t attention_backward_scratch(int64_t length, int64_t dim) {
-    return 8 * length * dim + 2 * 16 * dim + 2 * length + 2 * 16 * QUERIES_PER_PASS;
+    return 8 * length * dim + 2 * 16 * dim + 3 * length + 2 * 16 * QUERIES_PER_PASS;
 }
 
 void attention_forward(const AttentionProblem& problem, int num_threads);

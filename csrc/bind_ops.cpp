@@ -43,7 +43,7 @@ void forward(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
              int num_threads) {
     AttentionProblem p =
         attention_problem(cu_seqlens, batch, tokens, heads, kv_heads, head_dim, causal, scale, dtype);
-    p.q = rows(q), p.k = rows(k), p.v = rows(v), p.out = rows(out), p.lse = at<float>(lse);
+    p.q = rows(q), p.k = rows(k), p.v = rows(v), p.out = rows(out), p.lse = at<double>(lse);
     attention_forward(p, num_threads);
 }
 
@@ -52,7 +52,7 @@ void backward(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads
               uintptr_t lse, Strided dout, Strided dq, Strided dk, Strided dv, int num_threads) {
     AttentionProblem p =
         attention_problem(cu_seqlens, batch, tokens, heads, kv_heads, head_dim, causal, scale, dtype);
-    p.q = rows(q), p.k = rows(k), p.v = rows(v), p.out = rows(out), p.lse = at<float>(lse);
+    p.q = rows(q), p.k = rows(k), p.v = rows(v), p.out = rows(out), p.lse = at<double>(lse);
     p.dout = rows(dout), p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv);
     attention_backward(p, num_threads);
 }
@@ -84,13 +84,40 @@ void loss(bool is_backward, int64_t row_count, int64_t columns, int64_t stride, 
           uintptr_t targets, float temperature, uintptr_t logprob, uintptr_t entropy, uintptr_t lse,
           uintptr_t logprob_grad, uintptr_t entropy_grad, int num_threads) {
     const LossProblem p{row_count, columns, stride, dtype, at<void>(logits), at<const int64_t>(targets), temperature,
-                        at<float>(logprob), at<float>(entropy), at<float>(lse), at<const float>(logprob_grad),
+                        at<float>(logprob), at<float>(entropy), at<double>(lse), at<const float>(logprob_grad),
                         at<const float>(entropy_grad)};
     for (int64_t r = 0; r < row_count; ++r)
         if (p.targets[r] < 0 || p.targets[r] >= columns)
             throw std::invalid_argument("token_logprobs: expected targets in [0, V = " + std::to_string(columns) +
                                         "), got " + std::to_string(p.targets[r]));
     (is_backward ? loss_backward : loss_forward)(p, num_threads);
+}
+
+void norm(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t weight, float eps,
+          uintptr_t y, uintptr_t scale, uintptr_t dy, uintptr_t dx, uintptr_t dweight, int num_threads) {
+    const NormProblem p{row_count, columns, dtype, at<const void>(x), at<const float>(weight), eps, at<void>(y),
+                        at<float>(scale), at<const void>(dy), at<void>(dx), at<float>(dweight)};
+    (is_backward ? norm_backward : norm_forward)(p, num_threads);
+}
+
+void rotate(int64_t tokens, int64_t heads, int64_t half, int dtype, Strided x, uintptr_t positions,
+            uintptr_t cosines, uintptr_t sines, int64_t length, bool inverse, uintptr_t out, int num_threads) {
+    const RopeProblem p{tokens, heads, half, dtype, at<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x),
+                        at<const int64_t>(positions), at<const float>(cosines), at<const float>(sines), inverse,
+                        at<void>(out)};
+    for (int64_t n = 0; n < tokens; ++n)
+        if (p.positions[n] < 0 || p.positions[n] >= length)
+            throw std::invalid_argument("rope: expected positions of at least 0, got " +
+                                        std::to_string(p.positions[n]));
+    rope(p, num_threads);
+}
+
+void swiglu(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t gate, int64_t gate_stride,
+            uintptr_t up, int64_t up_stride, uintptr_t dout, uintptr_t out, uintptr_t dgate, uintptr_t dup,
+            int num_threads) {
+    const SwigluProblem p{row_count, columns, dtype, at<const void>(gate), at<const void>(up), gate_stride,
+                          up_stride, at<const void>(dout), at<void>(out), at<void>(dgate), at<void>(dup)};
+    (is_backward ? swiglu_backward : swiglu_forward)(p, num_threads);
 }
 
 }  // namespace
@@ -108,4 +135,7 @@ void bind_ops(py::module_& m) {
     m.def("attention_decode", &decode, release(), "One query per sequence against a cache: fills out.");
     m.def("softmax", &softmax, release(), "Row softmax (out = y) or its gradient (x = y, out = dx).");
     m.def("loss", &loss, release(), "Fills logprob, entropy and lse, or overwrites logits with their gradient.");
+    m.def("norm", &norm, release(), "RMSNorm: fills y and scale, or dx and dweight.");
+    m.def("rope", &rotate, release(), "Turns pairs of x by their position's angles, or back.");
+    m.def("swiglu", &swiglu, release(), "silu(gate) * up, or dgate and dup.");
 }

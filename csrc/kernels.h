@@ -5,7 +5,10 @@
 
 #include "attention.h"
 #include "loss.h"
+#include "norm.h"
+#include "rope.h"
 #include "softmax.h"
+#include "swiglu.h"
 
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -17,6 +20,12 @@ struct Kernels {
     void (*softmax_backward)(const SoftmaxProblem& problem, int64_t begin, int64_t end);
     void (*loss_forward)(const LossProblem& problem, int64_t begin, int64_t end);
     void (*loss_backward)(const LossProblem& problem, int64_t begin, int64_t end);
+    void (*norm_forward)(const NormProblem& problem, int64_t begin, int64_t end);
+    // Adds to `dweight`, whose room is a whole number of registers.
+    void (*norm_backward)(const NormProblem& problem, int64_t begin, int64_t end, float* dweight);
+    void (*rope)(const RopeProblem& problem, int64_t begin, int64_t end);
+    void (*swiglu_forward)(const SwigluProblem& problem, int64_t begin, int64_t end);
+    void (*swiglu_backward)(const SwigluProblem& problem, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_portable;

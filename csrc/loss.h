@@ -9,7 +9,8 @@ struct LossProblem {
     void* logits;            // backward overwrites them with their gradient
     const int64_t* targets;  // (rows,), each in [0, columns): checked by the caller
     float temperature;
-    float *logprob, *entropy, *lse;           // (rows,); backward reads entropy and lse
+    float *logprob, *entropy;  // (rows,); backward reads entropy
+    double* lse;               // (rows,); backward reads it. fp32 would lose e^(z - lse) where logits are large
     const float *logprob_grad, *entropy_grad;  // (rows,), backward only
 };
 

@@ -3,13 +3,20 @@ gradient and its dispatch. backend.py knows what can run here."""
 
 from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logprobs
+from nanorlhf.ops.norm import rms_norm
+from nanorlhf.ops.rope import positions_from_cu_seqlens, rope
 from nanorlhf.ops.softmax import softmax
+from nanorlhf.ops.swiglu import swiglu
 
 __all__ = [
     "attention",
     "attention_decode",
     "logits_logprobs",
     "next_token_positions",
+    "positions_from_cu_seqlens",
+    "rms_norm",
+    "rope",
     "softmax",
+    "swiglu",
     "token_logprobs",
 ]

@@ -124,7 +124,7 @@ def _forward_cpu(q, k, v, cu_seqlens, causal, scale):
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     cu_seqlens = cu_seqlens.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    lse = torch.empty(q.shape[:2], dtype=torch.float64)
     _C.attention_forward(
         *_sizes(q, k, cu_seqlens), causal, scale, backend.DTYPES[q.dtype],
         _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr(), torch.get_num_threads(),
@@ -214,7 +214,7 @@ _forward_op = backend.define(
     _forward_cpu,
     lambda q, k, v, cu_seqlens, causal, scale: (
         q.new_empty(q.shape),
-        q.new_empty(q.shape[:2], dtype=torch.float32),
+        q.new_empty(q.shape[:2], dtype=torch.float64),
     ),
 )
 _backward_op = backend.define(

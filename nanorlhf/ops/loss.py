@@ -126,7 +126,7 @@ def _chunks(N, V):
 
 def _forward_cpu(hidden, weight, targets, temperature):
     hidden, weight, targets = hidden.detach().float(), weight.detach().float(), targets.contiguous()
-    logprobs, entropy, lse = (torch.empty(hidden.shape[0]) for _ in range(3))
+    logprobs, entropy, lse = _rows(hidden.shape[0])
     rows, chunks = _chunks(hidden.shape[0], weight.shape[0])
     buffer = torch.empty(rows, weight.shape[0])
     for at in chunks:
@@ -152,7 +152,7 @@ def _backward_cpu(logprob_grad, entropy_grad, hidden, weight, targets, entropy, 
 
 def _logits_forward_cpu(logits, targets, temperature):
     logits, targets = logits.contiguous(), targets.contiguous()
-    logprobs, entropy, lse = (torch.empty(logits.shape[0]) for _ in range(3))
+    logprobs, entropy, lse = _rows(logits.shape[0])
     _reduce(False, logits, targets, temperature, logprobs, entropy, lse, lse, lse)
     return logprobs, entropy, lse
 
@@ -175,8 +175,13 @@ def _validate(op, rows, targets, temperature):
         raise ValueError(f"{op}: expected temperature > 0, got {temperature}")
 
 
+def _rows(N):
+    """Room for log-probs, entropies and log-sum-exps; the last in fp64, as the gradient takes it for exact."""
+    return torch.empty(N), torch.empty(N), torch.empty(N, dtype=torch.float64)
+
+
 def _fake_rows(x):
-    return tuple(x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(3))
+    return tuple(x.new_empty(x.shape[:1], dtype=d) for d in (torch.float32, torch.float32, torch.float64))
 
 
 _forward_op = backend.define(

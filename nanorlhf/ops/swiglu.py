@@ -1,0 +1,78 @@
+"""SwiGLU's elementwise part. Native on the CPU (csrc/swiglu.h). Source: Shazeer, arXiv 2002.05202, eq. 6."""
+
+import torch
+
+from nanorlhf import _C
+from nanorlhf.ops import backend
+
+
+def swiglu(gate, up):
+    """silu(gate) · up, with silu(g) = g / (1 + e⁻ᵍ).
+
+    gate, up: (N, F), fp32 or bf16, alike; they may be the halves of one product. Returns (N, F). Differentiable in
+    both; the gradient recomputes the sigmoid, nothing is kept but the inputs. Raises ValueError unless they are alike.
+
+    >>> swiglu(torch.zeros(1, 2), torch.ones(1, 2)).tolist()
+    [[0.0, 0.0]]
+    """
+    if gate.dim() != 2 or up.shape != gate.shape or up.dtype != gate.dtype or not gate.is_floating_point():
+        raise ValueError(
+            "swiglu: expected gate and up of one shape (N, F) and dtype, "
+            f"got {tuple(gate.shape)} in {gate.dtype} and {tuple(up.shape)} in {up.dtype}"
+        )
+    if not backend.use_native("swiglu", gate):
+        return swiglu_reference(gate, up)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _Swiglu.apply(gate, up)
+    return _forward_op(gate, up)
+
+
+def swiglu_reference(gate, up):
+    """The same in plain torch."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _forward_op(gate, up)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return _backward_op(dout, *ctx.saved_tensors)
+
+
+def _rows(x):
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _forward_cpu(gate, up):
+    gate, up = _rows(gate), _rows(up)
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    _C.swiglu(
+        False, *gate.shape, backend.DTYPES[gate.dtype], gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
+        0, out.data_ptr(), 0, 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _backward_cpu(dout, gate, up):
+    dout, gate, up = dout.contiguous(), _rows(gate), _rows(up)
+    dgate, dup = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
+    _C.swiglu(
+        True, *gate.shape, backend.DTYPES[gate.dtype], gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
+        dout.data_ptr(), 0, dgate.data_ptr(), dup.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dgate, dup
+
+
+_forward_op = backend.define(
+    "swiglu_forward(Tensor gate, Tensor up) -> Tensor", _forward_cpu, lambda gate, up: gate.new_empty(gate.shape)
+)
+_backward_op = backend.define(
+    "swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _backward_cpu,
+    lambda dout, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+)

@@ -1,0 +1,108 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanorlhf import _C, ops
+from nanorlhf.ops import backend
+
+ISAS = ["portable"]
+ISAS += ["avx2"] if _C.cpu_features()["avx2"] and _C.cpu_features()["fma"] else []
+ISAS += ["avx512"] if all(_C.cpu_features()["avx512" + part] for part in ("f", "bw", "vl", "dq")) else []
+
+EVERY_OP = """
+import sys
+import torch
+from nanorlhf import _C, ops
+from nanorlhf.ops import backend
+
+assert _C.isa() == sys.argv[1]
+g = torch.Generator().manual_seed(0)
+q, k, v = (torch.randn(90, h, 40, generator=g) for h in (4, 2, 2))
+x, w, up = (torch.randn(s, generator=g) for s in ((90, 50), (70, 50), (90, 50)))
+targets, cu_seqlens = torch.randint(0, 70, (90,), generator=g), torch.tensor([0, 17, 17, 90]).int()
+cases = {
+    "attention": (lambda q, k, v: ops.attention(q, k, v, cu_seqlens), (q, k, v)),
+    "bidirectional": (lambda q, k, v: ops.attention(q, k, v, cu_seqlens, causal=False), (q, k, v)),
+    "token_logprobs": (lambda x, w: sum(ops.token_logprobs(x, w, targets)), (x, w)),
+    "softmax": (ops.softmax, (x,)),
+    "rms_norm": (lambda x, w: ops.rms_norm(x, w[0]), (x, w)),
+    "rope": (lambda q: ops.rope(q, torch.arange(90)), (q,)),
+    "swiglu": (ops.swiglu, (x, up)),
+}
+def run(op, inputs, dtype):
+    leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
+    out = op(*leaves)
+    out.square().sum().backward()
+    return [out.detach().double()] + [t.grad.double() for t in leaves]
+for name, (op, inputs) in cases.items():
+    for a, b in zip(run(op, inputs, torch.float32), run(op, inputs, torch.float64)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()), msg=name)
+cache, lengths = k[None, :, :].expand(3, 90, 2, 40), torch.tensor([1, 33, 90]).int()
+a = ops.attention_decode(q[:3], cache, cache, lengths)
+b = ops.attention_decode(q[:3].double(), cache.double(), cache.double(), lengths)
+torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+"""
+
+
+def python(code, *args, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.fixture
+def forced():
+    before = backend.force("auto")
+    yield backend.force
+    backend.force(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_of_this_cpu_computes_the_same(isa):
+    done = python(EVERY_OP, isa, NANORLHF_ISA=isa)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    done = python("import torch, nanorlhf.ops", NANORLHF_ISA="sse9")
+    assert "NANORLHF_ISA: expected portable, avx2 or avx512, got sse9" in done.stderr
+    assert done.returncode != 0
+
+
+def test_the_environment_names_the_backend():
+    show = "import torch; from nanorlhf.ops import backend; print(backend.use_native('x', torch.zeros(1)))"
+    assert python(show, NANORLHF_BACKEND="reference").stdout.strip() == "False"
+    assert "NANORLHF_BACKEND: expected one of auto, cpu, cuda, reference, got 'gpu'" in python(
+        show, NANORLHF_BACKEND="gpu"
+    ).stderr
+
+
+def test_auto_takes_the_kernel_where_it_can_run(forced):
+    assert backend.use_native("softmax", torch.zeros(1))
+    assert not backend.use_native("softmax", torch.zeros(1, dtype=torch.float64))
+
+
+def test_a_forced_backend_that_cannot_run_says_why(forced):
+    forced("cuda")
+    with pytest.raises(ValueError, match="softmax: NANORLHF_BACKEND=cuda cannot run here: no CUDA kernel was built"):
+        ops.softmax(torch.zeros(1))
+    forced("cpu")
+    with pytest.raises(ValueError, match="the CPU kernels take float32 and bfloat16, not torch.float64"):
+        ops.softmax(torch.zeros(1, dtype=torch.float64))
+
+
+def test_the_reference_can_be_forced_and_agrees(forced):
+    x = torch.randn(3, 20)
+    native = ops.softmax(x)
+    forced("reference")
+    torch.testing.assert_close(ops.softmax(x), native)
+
+
+def test_every_row_of_the_table_has_a_reason():
+    rows = backend.table()
+    assert {row[0] for row in rows} == {"cpu", "cuda", "reference"}
+    assert all(isinstance(ok, bool) and reason for *_, ok, reason in rows)
+    assert _C.isa() in ISAS
