@@ -178,7 +178,7 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """tokens (N,), cu_seqlens (B+1,) → hidden states after the last norm (N, C); causal within each sequence."""
         check_lengths(cu_seqlens, self.config.context)
-        positions = ops.positions_from_cu_seqlens(cu_seqlens, tokens.shape[0])
+        positions = ops.positions_from_cu_seqlens(cu_seqlens)
         return self.hidden(tokens, positions, lambda _, q, k, v: ops.attention(q, k, v, cu_seqlens))
 
     def logprobs(self, tokens: Tensor, cu_seqlens: Tensor, where: Optional[Tensor] = None,

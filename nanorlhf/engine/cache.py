@@ -20,7 +20,7 @@ class KVCache:
     def prefill(self, model: Model, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Run whole prompts, one for each sequence of the cache: tokens (N,) → hidden states (N, C)."""
         lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-        positions = ops.positions_from_cu_seqlens(cu_seqlens, tokens.shape[0])
+        positions = ops.positions_from_cu_seqlens(cu_seqlens)
         rows = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
