@@ -130,10 +130,13 @@ def sampled_rankings(run, model: Model, examples: List[Example], seed: int) -> L
     labeller = Labeller.fit(films.train if films else [], config.reward.labeller_temperature)
     rankings = []
     for i, (example, start) in enumerate(zip(examples, starts)):
-        mine = [c for c in drawn[i * k:(i + 1) * k] if c.finished]
-        if len(mine) >= 2:
-            ranks = labeller.rank(example, [assistant.text(c).strip() for c in mine], seed)
-            rankings.append(Ranking("simulated", [start + c.ids for c in mine], list(ranks)))
+        every = drawn[i * k:(i + 1) * k]
+        mine = [c for c in every if c.finished]
+        if len(mine) < 2:  # an early model seldom ends its turn: its turns are then ended where they were cut off
+            mine = every
+        ranks = labeller.rank(example, [assistant.text(c).strip() for c in mine], seed)
+        ended = [start + c.ids + ([] if c.finished else [assistant.end]) for c in mine]
+        rankings.append(Ranking("simulated", ended, list(ranks)))
     return [r for r in rankings if len(set(r.ranks)) > 1]
 
 
