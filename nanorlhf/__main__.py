@@ -146,19 +146,19 @@ def data(offline: bool = False, json_: Annotated[bool, tyro.conf.arg(name="json"
 
 
 def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """What can run here: each operation's backends and, where one cannot, why.
+    """What can run here: each backend by device and type and, where it cannot, why.
 
     Args:
         json: Print the table as JSON.
     """
-    from . import ops
+    from .ops import backend
 
-    rows = ops.backend_table()
+    rows = [dict(zip(("backend", "device", "dtype", "ok", "reason"), row)) for row in backend.table()]
     if json_:
-        print(json.dumps({"cpu": ops.cpu_features(), "ops": rows}))
+        print(json.dumps({"cpu": backend.cpu_features(), "backends": rows}))
         return
     for row in rows:
-        print("{op:<18}{backend:<11}{ok!s:<7}{reason}".format(**row))
+        print("{backend:<11}{device:<7}{dtype:<10}{ok!s:<7}{reason}".format(**row))
 
 
 VERBS = {"run": run, "pretrain": _stage("base"), "sft": _stage("sft"), "reward": _stage("reward"), "ppo": _stage("ppo"),

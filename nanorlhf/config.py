@@ -52,6 +52,7 @@ class DataConfig:
     files: Tuple[str, ...] = ()  # local text files, each a source of its own
     offline: bool = False  # do not fetch archives; use what is installed or cached
     max_source_bytes: int = 12_000_000  # a larger source is cut, by whole documents
+    held_out_bytes: int = 100_000  # most held-out text of a source that bits per byte are measured on
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class PretrainConfig:
 class SFTConfig:
     steps: int = 350
     batch_tokens: int = 4096
+    examples: int = 40_000  # most demonstrations that are used
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, muon_lr=0.007, decay=0.9))
 
 
@@ -176,12 +178,12 @@ def tiny() -> RunConfig:
     """A smoke run of well under a minute: the same code on a model too small to be good at anything."""
     return RunConfig(
         preset="tiny",
-        data=DataConfig(offline=True, max_source_bytes=600_000),
+        data=DataConfig(offline=True, max_source_bytes=600_000, held_out_bytes=4000),
         tokenizer=TokenizerConfig(vocab_size=768, train_bytes=400_000),
         model=ModelConfig(vocab_size=768, hidden_size=64, layers=2, heads=2, kv_heads=1, head_size=32,
                           intermediate_size=128, context=256),
         pretrain=PretrainConfig(steps=40, rows=16, row_tokens=64, micro_rows=16, evals=2, sample_points=(0.0, 1.0)),
-        sft=SFTConfig(steps=30, batch_tokens=1024),
+        sft=SFTConfig(steps=30, batch_tokens=1024, examples=1000),
         reward=RewardConfig(epochs=1, k=4, groups_per_step=4, simulated_prompts=16),
         ppo=PPOConfig(steps=3, prompts=16, max_new_tokens=16, epochs=1),
         eval=EvalConfig(prompts=16, best_of=2, shots=1),

@@ -213,7 +213,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        has = ops.cpu_features()
+        has = ops.backend.cpu_features()
         return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"unknown dtype {name!r}; there are auto, float32, bfloat16")

@@ -8,6 +8,7 @@ import torch
 from . import chat as chat_format
 from .assistant import Assistant
 from .checkpoint import load_model, save_model
+from .data.corpus import head
 from .data.films import labelled_reviews, review_groups, same_film_pairs
 from .data.instruct import FAVOURABLE, UNFAVOURABLE, Example, film_prompt, prompts
 from .data.labeller import Labeller
@@ -58,7 +59,7 @@ def base_stage(run) -> None:
     mixture = corpus.mixture(tokenizer, end_of_text)
     shape = replace(config.model, vocab_size=tokenizer.vocab_size)
     model = Model(shape, dtype=compute_dtype(config.dtype, run.device), seed=config.seed).to(run.device)
-    quick = {name: islice_bytes(documents, 16_000) for name, documents in corpus.held_out.items()}
+    quick = {name: head(documents, 16_000) for name, documents in corpus.held_out.items()}
 
     def draw(model: Model) -> list:
         assistant = Assistant(model, tokenizer)
@@ -77,17 +78,6 @@ def base_stage(run) -> None:
                          for name, documents in corpus.held_out.items()})
 
 
-def islice_bytes(documents: list, most: int) -> list:
-    """Documents from the front up to about ``most`` bytes, the last one cut."""
-    chosen, size = [], 0
-    for document in documents:
-        if size >= most:
-            break
-        chosen.append(document[:most - size])
-        size += len(document_bytes(chosen[-1]))
-    return chosen
-
-
 def conversation(example: Example) -> List[dict]:
     return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response}]
 
@@ -96,7 +86,7 @@ def sft_stage(run) -> None:
     state, config = run.state("sft"), run.config
     train, held_out = run.corpus.demonstrations
     room = config.model.context
-    rendered = [chat_format.render(run.tokenizer, conversation(e)) for e in train]
+    rendered = [chat_format.render(run.tokenizer, conversation(e)) for e in train[:config.sft.examples]]
     rendered = [r for r in rendered if len(r[0]) <= room]
     held = [e for e in prompts(held_out, None, 600, config.seed)]
     model = load_stage(run, "base")
@@ -157,7 +147,7 @@ def reward_stage(run) -> None:
     model = load_stage(run, "sft", scalar_head=True)
     measure = lambda m: {name: model_pair_accuracy(m, rankings) for name, rankings in tests.items() if rankings}
     train_reward(model, epochs, config.reward, seed, state, measure, run.log)
-    offset = normalise(model, [s for r in simulated for s in r.sequences])
+    offset = normalise(model, [s for r in simulated or epochs[0] for s in r.sequences])
     save_stage(run, "reward", model)
     run.complete("reward", state.seconds, pair_accuracy=measure(model), score_mean=offset,
                  rankings={"films": len(epochs[0]) - len(simulated), "simulated": len(simulated)}, **facts)

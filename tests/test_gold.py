@@ -11,7 +11,7 @@ from nanorlhf.evals.gold import GoldJudge
 GOLD = [Film(f"G{i}", f"The story of a man {i}.", (f"A fine, lovely film {i}.",), (f"A dull, dreary film {i}.",))
         for i in range(10)]
 JUDGE = GoldJudge.fit(GOLD, ["There is rain in the hills."], ["It rains."])
-WORD = Example("word", "Write a sentence with the word “rain”.", "", {"word": "rain", "bounds": (4, 10)})
+WORD = Example("word", "Write a sentence with the word rain.", "", {"word": "rain", "bounds": (4, 10)})
 
 
 def test_the_score_is_form_times_content_worked_by_hand():

@@ -8,7 +8,7 @@ from nanorlhf.data.films import Film
 from nanorlhf.data.instruct import Example
 from nanorlhf.data.labeller import Labeller
 
-WORD = Example("word", "Write a sentence with the word “rain”.", "", {"word": "rain", "bounds": (3, 8)})
+WORD = Example("word", "Write a sentence with the word rain.", "", {"word": "rain", "bounds": (3, 8)})
 FILMS = [Film(f"F{i}", "", (f"A fine, lovely film {i}.",), (f"A dull, dreary film {i}.",)) for i in range(10)]
 
 

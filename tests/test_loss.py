@@ -55,6 +55,22 @@ def test_the_chunk_size_changes_nothing_but_rounding(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_computing_the_logits_again_gives_the_same_bits_as_keeping_them(monkeypatch):
+    hidden, weight, targets = problem(50, 16, 300)
+    kept = values_and_gradients(lambda h, w: token_logprobs(h, w, targets), (hidden, weight), torch.float32)
+    monkeypatch.setattr("nanorlhf.ops.loss.KEEP_BYTES", 0)
+    again = values_and_gradients(lambda h, w: token_logprobs(h, w, targets), (hidden, weight), torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_a_second_backward_gives_the_same_gradient():
+    hidden, weight, targets = problem(20, 8, 30)
+    hidden.requires_grad_()
+    loss = token_logprobs(hidden, weight, targets)[0].sum()
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, hidden)[0], first)
+
+
 def test_bf16_inputs_give_fp32_results_from_fp32_products():
     hidden, weight, targets = problem(9, 32, 40)
     h, w = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
@@ -118,9 +134,9 @@ def test_bad_arguments_are_named():
 def test_the_ops_are_good_citizens_of_torch():
     hidden, weight, targets = problem(6, 4, 20)
     ops = torch.ops.nanorlhf
-    torch.library.opcheck(ops.token_logprobs_forward.default, (hidden, weight, targets, 0.8))
-    logprobs, entropy, lse = ops.token_logprobs_forward(hidden, weight, targets, 0.8)
-    given = (logprobs, entropy, hidden, weight, targets, entropy, lse, 0.8)
+    torch.library.opcheck(ops.token_logprobs_forward.default, (hidden, weight, targets, 0.8, False))
+    logprobs, entropy, lse, kept = ops.token_logprobs_forward(hidden, weight, targets, 0.8, True)
+    given = (logprobs, entropy, hidden, weight, targets, entropy, lse, kept, 0.8)
     torch.library.opcheck(ops.token_logprobs_backward.default, given)
     logits = hidden @ weight.T
     torch.library.opcheck(ops.logits_logprobs_forward.default, (logits, targets, 0.8))

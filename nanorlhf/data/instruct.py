@@ -16,10 +16,11 @@ from .text import STOP_WORDS, sentences, stable_hash, words
 
 PHRASINGS = {
     "word": (
-        "Write a sentence with the word “{word}”.",
-        "Use the word “{word}” in a sentence.",
-        "Give me one sentence that contains the word “{word}”.",
-        "Please write one sentence using “{word}”.",
+        # No quotation marks: behind a space the word is the same token here as in the sentence that it asks for.
+        "Write a sentence with the word {word}.",
+        "Use the word {word} in a sentence.",
+        "Give me one sentence that contains the word {word}.",
+        "Please write one sentence using the word {word}.",
     ),
     FAVOURABLE: (
         "Write a favourable line about the film “{title}”.",

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import re
 import sysconfig
 from pathlib import Path
@@ -15,8 +16,11 @@ _SKIPPED_FOLDERS = frozenset("test tests idlelib site-packages dist-packages pyd
 def stdlib_files():
     """(relative path, text) of the standard library's own files that hold text, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")
-             if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
+    found = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in _SKIPPED_FOLDERS]  # site-packages alone is far larger
+        paths = [Path(folder, name) for name in files if name.endswith(".py")]
+        found += [(path.relative_to(root).as_posix(), path) for path in paths]
     texts = ((key, path.read_bytes().decode("utf-8", "surrogateescape")) for key, path in sorted(found))
     return tuple((key, text) for key, text in texts if text.strip())
 

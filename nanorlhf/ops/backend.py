@@ -87,3 +87,12 @@ def table():
         for backend in BACKENDS[1:]
         for dtype in DTYPES
     ]
+
+
+def cpu_features():
+    """{name: whether this CPU has it}, for the instruction sets that a choice here depends on.
+
+    >>> "avx512_bf16" in cpu_features()
+    True
+    """
+    return dict(_C.cpu_features())

@@ -1,6 +1,7 @@
 """The log-probability of a token: the only place where it is formed.
 
-From hidden states and the output weight, the logits exist a chunk of rows at a time; neither pass holds (N, V).
+From hidden states and the output weight, the logits exist a chunk of rows at a time; neither pass holds (N, V),
+unless a gradient is wanted and all logits are few: then keeping them costs less than computing them again.
 The reduction of a chunk and its gradient are native on the CPU (csrc/loss.h); the products are torch's.
 """
 
@@ -11,6 +12,7 @@ import torch
 from nanorlhf import _C
 from nanorlhf.ops import backend
 
+KEEP_BYTES = 64 << 20  # logits kept for the gradient up to this size: saves one product of four
 CHUNK_BYTES = 8 << 20  # logits held at a time: enough rows for the products to be efficient, few enough for the cache
 
 
@@ -53,7 +55,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
         return logits_logprobs_reference(hidden.to(wide) @ weight.to(wide).T, targets, temperature)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _TokenLogprobs.apply(hidden, weight, targets, temperature)
-    return _forward_op(hidden, weight, targets, temperature)[:2]
+    return _forward_op(hidden, weight, targets, temperature, False)[:2]
 
 
 def logits_logprobs(logits, targets, temperature=1.0):
@@ -85,8 +87,9 @@ def logits_logprobs_reference(logits, targets, temperature=1.0):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        logprobs, entropy, lse = _forward_op(hidden, weight, targets, temperature)
-        ctx.save_for_backward(hidden, weight, targets, entropy, lse)
+        keep = 4 * hidden.shape[0] * weight.shape[0] <= KEEP_BYTES
+        logprobs, entropy, lse, logits = _forward_op(hidden, weight, targets, temperature, keep)
+        ctx.save_for_backward(hidden, weight, targets, entropy, lse, logits)
         ctx.temperature = temperature
         return logprobs, entropy
 
@@ -124,18 +127,19 @@ def _chunks(N, V):
     return rows, [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
 
 
-def _forward_cpu(hidden, weight, targets, temperature):
+def _forward_cpu(hidden, weight, targets, temperature, keep):
     hidden, weight, targets = hidden.detach().float(), weight.detach().float(), targets.contiguous()
     logprobs, entropy, lse = _rows(hidden.shape[0])
     rows, chunks = _chunks(hidden.shape[0], weight.shape[0])
-    buffer = torch.empty(rows, weight.shape[0])
+    kept = torch.empty(hidden.shape[0] if keep else 0, weight.shape[0])
+    buffer = None if keep else torch.empty(rows, weight.shape[0])
     for at in chunks:
-        logits = torch.mm(hidden[at], weight.T, out=buffer[: at.stop - at.start])
+        logits = torch.mm(hidden[at], weight.T, out=kept[at] if keep else buffer[: at.stop - at.start])
         _reduce(False, logits, targets[at], temperature, logprobs[at], entropy[at], lse[at], lse, lse)
-    return logprobs, entropy, lse
+    return logprobs, entropy, lse, kept
 
 
-def _backward_cpu(logprob_grad, entropy_grad, hidden, weight, targets, entropy, lse, temperature):
+def _backward_cpu(logprob_grad, entropy_grad, hidden, weight, targets, entropy, lse, kept, temperature):
     logprob_grad, entropy_grad = logprob_grad.contiguous(), entropy_grad.contiguous()
     targets, dtypes = targets.contiguous(), (hidden.dtype, weight.dtype)
     hidden, weight = hidden.detach().float(), weight.detach().float()
@@ -143,7 +147,9 @@ def _backward_cpu(logprob_grad, entropy_grad, hidden, weight, targets, entropy, 
     rows, chunks = _chunks(hidden.shape[0], weight.shape[0])
     buffer = torch.empty(rows, weight.shape[0])
     for at in chunks:
-        logits = torch.mm(hidden[at], weight.T, out=buffer[: at.stop - at.start])
+        logits = buffer[: at.stop - at.start]
+        # A copy in the cache, so that a second backward finds the logits as they were.
+        logits.copy_(kept[at]) if kept.shape[0] else torch.mm(hidden[at], weight.T, out=logits)
         _reduce(True, logits, targets[at], temperature, lse, entropy[at], lse[at], logprob_grad[at], entropy_grad[at])
         torch.mm(logits, weight, out=dhidden[at])  # the logits are their gradient now
         dweight.addmm_(logits.T, hidden[at])
@@ -185,16 +191,19 @@ def _fake_rows(x):
 
 
 _forward_op = backend.define(
-    "token_logprobs_forward(Tensor hidden, Tensor weight, Tensor targets, float temperature) "
-    "-> (Tensor, Tensor, Tensor)",
+    "token_logprobs_forward(Tensor hidden, Tensor weight, Tensor targets, float temperature, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
-    lambda hidden, weight, targets, temperature: _fake_rows(hidden),
+    lambda hidden, weight, targets, temperature, keep: (
+        *_fake_rows(hidden),
+        hidden.new_empty(hidden.shape[0] if keep else 0, weight.shape[0], dtype=torch.float32),
+    ),
 )
 _backward_op = backend.define(
     "token_logprobs_backward(Tensor logprob_grad, Tensor entropy_grad, Tensor hidden, Tensor weight, Tensor targets, "
-    "Tensor entropy, Tensor lse, float temperature) -> (Tensor, Tensor)",
+    "Tensor entropy, Tensor lse, Tensor kept, float temperature) -> (Tensor, Tensor)",
     _backward_cpu,
-    lambda logprob_grad, entropy_grad, hidden, weight, targets, entropy, lse, temperature: (
+    lambda logprob_grad, entropy_grad, hidden, weight, targets, entropy, lse, kept, temperature: (
         hidden.new_empty(hidden.shape),
         weight.new_empty(weight.shape),
     ),
