@@ -115,3 +115,8 @@ def test_a_killed_training_goes_on_bit_for_bit_also_over_a_new_pass(tmp_path, st
         train(config, saving(tmp_path / "cut"), killed_at(step))
     assert saving(tmp_path / "cut").saved_step() == step - 1
     assert same_weights(expected, train(config, saving(tmp_path / "cut"), seed=9))
+
+
+def test_no_example_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="sft: expected at least one example, got none"):
+        sft(model(), [], CONFIG, 0, saving(tmp_path), lambda m: 1.0, lambda row: None)

@@ -46,7 +46,12 @@ def response_logprobs(model: Model, examples: Sequence[Rendered]) -> tuple[torch
 
 def sft(model: Model, examples: Sequence[Rendered], config: SFTConfig, seed: int, state: StageState,
         evaluate: Callable[[Model], float], log: Callable[[dict], None]) -> Model:
-    """Fine-tune on rendered demonstrations. evaluate(model) → held-out bits per byte of the responses."""
+    """Fine-tune on rendered demonstrations. evaluate(model) → held-out bits per byte of the responses.
+
+    Errors: ValueError when there is no example.
+    """
+    if not examples:
+        raise ValueError("sft: expected at least one example, got none")
     optimizer = Optimizer(model, config.optim, config.steps)
     first = state.restore(model=model, optimizer=optimizer)["step"]
     lengths = [len(ids) for ids, _ in examples]
