@@ -178,6 +178,7 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path):
                      tokenizer=replace(config.tokenizer, vocab_size=5000))
     with pytest.raises(ValueError, match="expected vocab_size of at most .* got 5000"):
         run(config)
+    assert not (tmp_path / "run" / "run.json").exists()  # the next try is not told that a run is there
 
 
 def test_the_machine_is_described():
