@@ -117,13 +117,15 @@ def test_a_selection_of_episodes_is_their_batch_and_points_back_to_their_actions
 
 # --- the start -----------------------------------------------------------------------------------------------------
 
-def test_at_the_start_the_kl_is_exactly_zero_and_the_ratio_one(tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_at_the_start_the_kl_is_exactly_zero_and_the_ratio_one_at_any_temperature(tmp_path, temperature):
     """The same weights, the same kernels, the same batch: not nearly equal but equal. The first minibatch is another
     batch of the same episodes, whose products a library may round otherwise."""
-    rollout = roll_out(*models(), JUDGE, PROMPTS, CONFIG, 0)
+    config = replace(CONFIG, steps=1, temperature=temperature)
+    rollout = roll_out(*models(), JUDGE, PROMPTS, config, 0)
     assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
     rows = []
-    ppo(*models(), JUDGE, PROMPTS, replace(CONFIG, steps=1), 0, saving(tmp_path), rows.append)
+    ppo(*models(), JUDGE, PROMPTS, config, 0, saving(tmp_path), rows.append)
     assert rows[0]["kl"] == 0.0 and rows[0]["reward"] == rows[0]["score"]
     assert rows[0]["first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
     assert rows[0]["ratio_max"] > 1.001  # later passes move the policy
