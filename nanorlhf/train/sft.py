@@ -20,8 +20,8 @@ Rendered = tuple[List[int], List[int]]  # ids, and a mask that is 1 where the lo
 def token_batches(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> List[np.ndarray]:
     """A shuffled pass over the examples in batches of at most ``budget`` tokens (a longer example is alone).
 
-    >>> [b.tolist() for b in token_batches([3, 3, 3], 6, seed=0, epoch=0)]
-    [[2, 0], [1]]
+    >>> [len(batch) for batch in token_batches([3, 3, 3], 6, seed=0, epoch=0)]
+    [2, 1]
     """
     order = np.random.default_rng([seed, epoch, 2]).permutation(len(lengths))
     batches, current, held = [], [], 0
