@@ -61,7 +61,7 @@ def _stage(name: str):
     return stage
 
 
-def chat(path: str, message: Optional[str] = None, temperature: float = 1.0, top_p: float = 1.0,
+def chat(path: tyro.conf.Positional[str], message: Optional[str] = None, temperature: float = 1.0, top_p: float = 1.0,
          max_new_tokens: int = 64, seed: int = 0) -> None:
     """Talk to an assistant in the terminal; answers stream. Each message is a conversation of its own.
 
@@ -108,7 +108,8 @@ def report(out: str = "runs/first") -> None:
     print(write_report(Path(out)))
 
 
-def tokenizer(path: str, text: str, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def tokenizer(path: tyro.conf.Positional[str], text: tyro.conf.Positional[str],
+              json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """Show the tokens of a text.
 
     Args:

@@ -125,12 +125,17 @@ def machine() -> dict:
 def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] = lambda row: None) -> dict:
     """Every stage that is not complete, then the comparison and the report. Returns the report."""
     current = open_run(config, resume, notify)
-    current.corpus  # read before the first stage's clock starts
-    for name, stage in stages.STAGES.items():
-        if not current.done(name):
-            current.notify({"stage": name, "begin": True})
-            stage(current)
-            current.notify({"stage": name, "end": True})
+    try:
+        current.corpus  # read before the first stage's clock starts
+        for name, stage in stages.STAGES.items():
+            if not current.done(name):
+                current.notify({"stage": name, "begin": True})
+                stage(current)
+                current.notify({"stage": name, "end": True})
+    except ValueError:
+        if not current.done("tokenizer"):  # text or settings that are refused leave no run in the way of the next try
+            (current.folder / "run.json").unlink()
+        raise
     current.notify({"stage": "comparison", "begin": True})
     report = {**comparison.report(current), "machine": machine(), "config": current.config.to_dict()}
     write_json(current.folder / "report.json", report)

@@ -6,6 +6,7 @@ from typing import List
 import torch
 
 from . import chat as chat_format
+from . import metrics
 from .assistant import Assistant
 from .checkpoint import load_model, save_model
 from .data.corpus import head
@@ -67,15 +68,15 @@ def base_stage(run) -> None:
                 for p in SAMPLE_PROMPTS]
 
     pretrain(model, mixture, config.pretrain, state, lambda m: document_bits(m, tokenizer, quick), draw, run.log)
+    trained = state.seconds
     save_stage(run, "base", model)
+    bpb = document_bits(model, tokenizer, corpus.held_out)
+    xz = {name: xz_bits_per_byte(b"".join(map(document_bytes, documents)))
+          for name, documents in corpus.held_out.items()}
     steps, size = config.pretrain.steps, config.pretrain.rows * config.pretrain.row_tokens
-    seconds = state.seconds
-    run.complete("base", seconds, tokens=steps * size, tokens_per_s=steps * size / seconds,
+    run.complete("base", state.seconds, tokens=steps * size, tokens_per_s=steps * size / trained,
                  epochs=mixture.epochs(steps, config.pretrain.rows),
-                 parameters=sum(p.numel() for p in model.parameters()),
-                 bpb=document_bits(model, tokenizer, corpus.held_out),
-                 xz_bpb={name: xz_bits_per_byte(b"".join(map(document_bytes, documents)))
-                         for name, documents in corpus.held_out.items()})
+                 parameters=sum(p.numel() for p in model.parameters()), bpb=bpb, xz_bpb=xz)
 
 
 def conversation(example: Example) -> List[dict]:
@@ -86,8 +87,9 @@ def sft_stage(run) -> None:
     state, config = run.state("sft"), run.config
     train, held_out = run.corpus.demonstrations
     room = config.model.context
-    rendered = [chat_format.render(run.tokenizer, conversation(e)) for e in train[:config.sft.examples]]
-    rendered = [r for r in rendered if len(r[0]) <= room]
+    rendered = [(e.family, chat_format.render(run.tokenizer, conversation(e))) for e in train[:config.sft.examples]]
+    families = [family for family, (ids, _) in rendered if len(ids) <= room]
+    rendered = [r for _, r in rendered if len(r[0]) <= room]
     held = [e for e in prompts(held_out, None, 600, config.seed)]
     model = load_stage(run, "base")
     before = response_bits(model, run.tokenizer, held)
@@ -95,7 +97,7 @@ def sft_stage(run) -> None:
     save_stage(run, "sft", model)
     after = response_bits(model, run.tokenizer, held)
     run.complete("sft", state.seconds, response_bpb={"base": before, "sft": after}, examples=len(rendered),
-                 families={f: sum(e.family == f for e in train) for f in sorted({e.family for e in train})})
+                 families={f: families.count(f) for f in sorted(set(families))})
 
 
 def human_rankings(run, films, k: int, seed: int) -> List[Ranking]:
@@ -120,10 +122,13 @@ def sampled_rankings(run, model: Model, examples: List[Example], seed: int) -> L
     labeller = Labeller.fit(films.train if films else [], config.reward.labeller_temperature)
     rankings = []
     for i, (example, start) in enumerate(zip(examples, starts)):
-        mine = [c for c in drawn[i * k:(i + 1) * k] if c.finished]
-        if len(mine) >= 2:
-            ranks = labeller.rank(example, [assistant.text(c).strip() for c in mine], seed)
-            rankings.append(Ranking("simulated", [start + c.ids for c in mine], list(ranks)))
+        every = drawn[i * k:(i + 1) * k]
+        mine = [c for c in every if c.finished]
+        if len(mine) < 2:  # an early model seldom ends its turn: its turns are then ended where they were cut off
+            mine = every
+        ranks = labeller.rank(example, [assistant.text(c).strip() for c in mine], seed)
+        ended = [start + c.ids + ([] if c.finished else [assistant.end]) for c in mine]
+        rankings.append(Ranking("simulated", ended, list(ranks)))
     return [r for r in rankings if len(set(r.ranks)) > 1]
 
 
@@ -146,7 +151,8 @@ def reward_stage(run) -> None:
     train_reward(model, epochs, config.reward, seed, state, measure, run.log)
     offset = normalise(model, [s for r in simulated or epochs[0] for s in r.sequences])
     save_stage(run, "reward", model)
-    run.complete("reward", state.seconds, pair_accuracy=measure(model), score_mean=offset,
+    accuracy = measure(model)
+    run.complete("reward", state.seconds, pair_accuracy=accuracy, score_mean=offset,
                  rankings={"films": len(epochs[0]) - len(simulated), "simulated": len(simulated)}, **facts)
 
 
@@ -173,11 +179,9 @@ def ppo_stage(run) -> None:
     room = config.model.context - config.ppo.max_new_tokens
     asked = render_prompts(Assistant(policy, run.tokenizer), prompts(run.corpus.demonstrations[0], GOLD_FAMILIES,
                                                                      config.ppo.distinct_prompts, config.seed + 1))
-    rows = []
-    ppo(policy, ref, value, judge, [p for p in asked if len(p) < room], config.ppo, config.seed, state,
-        lambda row: (rows.append(row), run.log(row)))
+    ppo(policy, ref, value, judge, [p for p in asked if len(p) < room], config.ppo, config.seed, state, run.log)
     save_stage(run, "ppo", policy)
-    last = rows[-5:]
+    last = [row for row in metrics.read(run.folder) if row["stage"] == "ppo"][-5:]  # of all sittings of the stage
     run.complete("ppo", state.seconds, **{key: sum(r[key] for r in last) / len(last)
                                           for key in ("kl", "score", "length", "entropy") if last})
 

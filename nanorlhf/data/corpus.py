@@ -23,6 +23,9 @@ class Corpus:
         if not sources:
             raise ValueError("no source of text is left: " + "; ".join(self.left_out))
         self.sources = {source.name: source for source in sources}
+        if len(self.sources) < len(sources):
+            twice = next(s.name for i, s in enumerate(sources) if s.name in {other.name for other in sources[:i]})
+            raise ValueError(f"corpus: two sources are called {twice!r}; rename one of the files")
         self.parts = {name: (cut(train, config.data.max_source_bytes), held)
                       for name, (train, held) in split_held_out(sources).items()}
 

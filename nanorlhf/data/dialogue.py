@@ -38,7 +38,7 @@ def parse_conversations(text):
 
 def _opening(line):
     """(whether a conversation starts here, the rest of the line) for a line that opens a turn, else None."""
-    stripped = line.rstrip()
+    stripped = line.rstrip() + " "  # a dash alone opens a turn without text
     for mark, new in (("- - ", True), ("  - ", False), ("- ", True)):
         if stripped.startswith(mark):
             rest = stripped[len(mark):].lstrip()

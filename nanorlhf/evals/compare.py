@@ -41,7 +41,7 @@ def complete_lines(base: Assistant, documents: Sequence[str], max_new_tokens: in
     """A base model's continuation of each document, up to the end of the line."""
     prompts = [[base.end_of_text] + base.tokenizer.encode(d) for d in documents]
     room = base.model.config.context - max_new_tokens
-    prompts = [p[:1] + p[1:][-(room - 1):] for p in prompts]  # the end of a prompt that is too long, where the task is
+    prompts = [p[:1] + p[max(1, len(p) - room + 1):] for p in prompts]  # of a long prompt the end, where the task is
     newlines = base.tokens_with("\n")
     drawn = generate(base.model, prompts, max_new_tokens, stop=[base.end_of_text, *newlines],
                      sampling=SamplingConfig(temperature), seed=seed)

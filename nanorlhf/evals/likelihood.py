@@ -19,9 +19,13 @@ def windows(ids: Sequence[int], context: int, overlap: int) -> List[tuple[List[i
     """Cut a long document into windows of at most ``context`` tokens, each but the first repeating ``overlap`` of the
     one before as context. Returns [(window, how many of its leading tokens are not scored)].
 
+    Errors: ValueError for an overlap that leaves a token without context, or no room for a new one.
+
     >>> windows([0, 1, 2, 3, 4], 3, 1)
     [([0, 1, 2], 1), ([2, 3, 4], 1)]
     """
+    if not 1 <= overlap < context:
+        raise ValueError(f"windows: expected an overlap of 1 to {context - 1} for a context of {context}, got {overlap}")
     cut, start = [(list(ids[:context]), 1)], context
     while start < len(ids):
         end = min(start + context - overlap, len(ids))

@@ -117,7 +117,12 @@ def update(policy: Model, value: Model, optimizers: tuple[Optimizer, Optimizer],
 
 def ppo(policy: Model, ref: Model, value: Model, judge: Judge, prompts: Sequence[List[int]], config: PPOConfig,
         seed: int, state: StageState, log: Callable[[dict], None]) -> Model:
-    """Improve ``policy`` on ``prompts`` (each rendered up to the assistant's turn) for ``config.steps`` steps."""
+    """Improve ``policy`` on ``prompts`` (each rendered up to the assistant's turn) for ``config.steps`` steps.
+
+    Errors: ValueError when there is no prompt.
+    """
+    if not prompts:
+        raise ValueError("ppo: expected at least one prompt, got none")
     updates = config.steps * config.epochs * config.minibatches
     optimizers = Optimizer(policy, config.optim, updates), Optimizer(value, config.value_optim, updates)
     held = state.restore(policy=policy, value=value, policy_optimizer=optimizers[0], value_optimizer=optimizers[1])

@@ -55,13 +55,15 @@ def train_reward(model: Model, epochs: Sequence[Sequence[Ranking]], config: Rewa
                  evaluate: Callable[[Model], dict], log: Callable[[dict], None]) -> Model:
     """Fit ``model`` to the rankings, ``epochs[e]`` being those of pass e; each pass is shuffled.
 
-    evaluate(model) → held-out pair accuracy by source.
+    evaluate(model) → held-out pair accuracy by source. Errors: ValueError when there is no ranking.
     """
     plan = []
     for epoch, rankings in enumerate(epochs):
         order = np.random.default_rng([seed, epoch, 3]).permutation(len(rankings))
         plan += [[rankings[i] for i in order[j:j + config.groups_per_step]]
                  for j in range(0, len(order), config.groups_per_step)]
+    if not plan:
+        raise ValueError("train_reward: expected at least one ranking, got none")
     optimizer = Optimizer(model, config.optim, len(plan))
     first = state.restore(model=model, optimizer=optimizer)["step"]
     eval_steps = {round(len(plan) * i / 4) for i in range(4)}
@@ -86,7 +88,10 @@ def normalise(model: Model, sequences: Sequence[Sequence[int]]) -> float:
     """Scale the head so that scores on ``sequences`` have deviation 1; returns their mean, to be subtracted.
 
     Source: Ziegler et al. 2019 §2.1 (the reward model's mean 0 and variance 1 on samples of the policy).
+    Errors: ValueError when there is no sequence.
     """
+    if not sequences:
+        raise ValueError("normalise: expected at least one sequence, got none")
     scores = score_all(model, sequences)
     deviation = float(scores.std(unbiased=False))
     if deviation > 0:

@@ -20,8 +20,8 @@ Rendered = tuple[List[int], List[int]]  # ids, and a mask that is 1 where the lo
 def token_batches(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> List[np.ndarray]:
     """A shuffled pass over the examples in batches of at most ``budget`` tokens (a longer example is alone).
 
-    >>> [b.tolist() for b in token_batches([3, 3, 3], 6, seed=0, epoch=0)]
-    [[2, 0], [1]]
+    >>> [len(batch) for batch in token_batches([3, 3, 3], 6, seed=0, epoch=0)]
+    [2, 1]
     """
     order = np.random.default_rng([seed, epoch, 2]).permutation(len(lengths))
     batches, current, held = [], [], 0
@@ -46,7 +46,12 @@ def response_logprobs(model: Model, examples: Sequence[Rendered]) -> tuple[torch
 
 def sft(model: Model, examples: Sequence[Rendered], config: SFTConfig, seed: int, state: StageState,
         evaluate: Callable[[Model], float], log: Callable[[dict], None]) -> Model:
-    """Fine-tune on rendered demonstrations. evaluate(model) → held-out bits per byte of the responses."""
+    """Fine-tune on rendered demonstrations. evaluate(model) → held-out bits per byte of the responses.
+
+    Errors: ValueError when there is no example.
+    """
+    if not examples:
+        raise ValueError("sft: expected at least one example, got none")
     optimizer = Optimizer(model, config.optim, config.steps)
     first = state.restore(model=model, optimizer=optimizer)["step"]
     lengths = [len(ids) for ids, _ in examples]

@@ -1,0 +1,122 @@
+"""assistant.py: complete, chat and logprobs of a checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+
+import nanorlhf as nr
+from nanorlhf import assistant as room
+from nanorlhf import chat
+from nanorlhf.assistant import Assistant, load
+from nanorlhf.checkpoint import save_model
+from nanorlhf.engine import Completion
+from nanorlhf.engine.generate import ragged
+from tiny import byte_tokenizer, model
+
+TOK = byte_tokenizer()
+END, EOT = TOK.special_tokens[chat.END], TOK.special_tokens[chat.END_OF_TEXT]
+ASK = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def assistant():
+    return Assistant(model(1, loud=False, vocab_size=TOK.vocab_size), TOK)
+
+
+def scripted(monkeypatch, *texts):
+    """generate says these texts, one token a byte, announcing each; returns what it was asked."""
+    asked = {}
+
+    def generate(model, prompts, max_new_tokens, n=1, stop=(), sampling=None, seed=0, on_token=None):
+        asked.update(prompts=prompts, max_new_tokens=max_new_tokens, n=n, stop=set(stop), sampling=sampling, seed=seed)
+        drawn = [Completion([*t.encode(), END], [0.0] * (len(t.encode()) + 1), True) for t in texts]
+        for request, completion in enumerate(drawn):
+            for token in completion.ids:
+                if on_token is not None:
+                    on_token(request, token)
+        return drawn
+
+    monkeypatch.setattr(room, "generate", generate)
+    return asked
+
+
+def test_a_saved_folder_is_an_assistant_again(tmp_path, assistant):
+    save_model(tmp_path, assistant.model)
+    TOK.save(tmp_path)
+    again = nr.load(tmp_path)
+    assert isinstance(again, nr.Assistant)
+    assert again.complete("once", n=2, max_new_tokens=9, seed=3) == assistant.complete("once", n=2, max_new_tokens=9, seed=3)
+    assert again.chat(ASK, 9, seed=3) == assistant.chat(ASK, 9, seed=3)
+
+
+def test_a_folder_without_a_model_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="holds no model"):
+        load(tmp_path / "nowhere")
+
+
+def test_completions_go_on_from_a_document_that_begins_with_the_prompt(assistant, monkeypatch):
+    asked = scripted(monkeypatch, " one", " two")
+    assert assistant.complete("Say", n=2, max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=4) == [" one", " two"]
+    assert asked["prompts"] == [[EOT, *b"Say"]] and (asked["n"], asked["max_new_tokens"], asked["seed"]) == (2, 7, 4)
+    assert asked["stop"] == {EOT, END}
+    assert (asked["sampling"].temperature, asked["sampling"].top_k, asked["sampling"].top_p) == (0.5, 3, 0.9)
+
+
+def test_a_completion_ends_before_its_stop_text_also_in_the_middle_of_a_token(assistant, monkeypatch):
+    asked = scripted(monkeypatch, "one\ntwo", "no line end")
+    assert assistant.complete("x", n=2, stop="\n") == ["one", "no line end"]
+    assert asked["stop"] == {EOT, END, 10}
+    scripted(monkeypatch, "a b c")
+    assert assistant.complete("x", stop="b ") == ["a "]
+
+
+def test_special_text_in_a_prompt_stays_text(assistant, monkeypatch):
+    asked = scripted(monkeypatch, "y")
+    assistant.complete("<|end|>")
+    assert asked["prompts"] == [[EOT, *b"<|end|>"]]
+    assistant.chat([{"role": "user", "content": "<|end|>"}])
+    assert asked["prompts"][0].count(END) == 1
+
+
+def test_an_answer_streams_whole_characters_that_add_up_to_it(assistant, monkeypatch):
+    asked, pieces = scripted(monkeypatch, "dé €\U0001f600!"), []
+    answer = assistant.chat(ASK, on_text=pieces.append)
+    assert answer == "dé €\U0001f600!" == "".join(pieces) and not any("�" in piece for piece in pieces)
+    assert TOK.decode(asked["prompts"][0]) == "<|user|>hi<|end|><|assistant|>" and asked["stop"] == {EOT, END}
+
+
+def test_what_streams_is_what_is_returned_also_from_a_model_that_says_half_characters(assistant):
+    for seed in range(5):
+        pieces = []
+        assert assistant.chat(ASK, 15, seed=seed, on_text=pieces.append) == "".join(pieces)
+
+
+def test_an_answer_depends_on_its_seed_unless_the_temperature_is_zero(assistant):
+    assert len({assistant.chat(ASK, 9, seed=s) for s in range(4)}) == 4
+    assert len({assistant.chat(ASK, 9, temperature=0, seed=s) for s in range(4)}) == 1
+
+
+def test_a_conversation_without_room_or_without_a_message_is_refused(assistant):
+    with pytest.raises(ValueError, match="prompt 0 has 43 tokens; it needs 1 to 31 for a context of 32"):
+        assistant.chat([{"role": "user", "content": "x" * 40}])
+    with pytest.raises(ValueError, match="at least one message"):
+        assistant.chat([])
+
+
+def test_logprobs_are_those_of_each_token_after_the_first(assistant):
+    got = assistant.logprobs("dogs")
+    with torch.no_grad():
+        tokens, cu_seqlens = ragged([list(b"dogs")])
+        logits = assistant.model(tokens, cu_seqlens).double() @ assistant.model.head_weight.T.double()
+    expected = [float(logits[i].log_softmax(-1)[tokens[i + 1]]) for i in range(3)]
+    assert got.dtype == torch.float32 and got.shape == (3,)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert assistant.logprobs("d").shape == (0,)
+
+
+def test_tokens_with_a_text_are_found_among_the_ordinary_ones():
+    tok = nr.Tokenizer.train(["ab\n\nab\n\n\n\n" * 50], 256 + 5 + 3, special_tokens=chat.SPECIAL_TOKENS)
+    found = Assistant(model(vocab_size=tok.vocab_size), tok).tokens_with("\n")
+    pieces = [tok.decode_bytes([i]) for i in found]
+    assert pieces == [b"\n", b"\n\n", b"\n\n\n\n"]  # the merges are ab and these two
+    assert len(found) == sum(b"\n" in tok.decode_bytes([i]) for i in range(tok.vocab_size))

@@ -1,0 +1,214 @@
+"""train/ppo.py: where the score lands, what is trained on, ratio 1 and KL 0 at the start, a score that rises, a kill
+that changes no bit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nanorlhf.config import PPOConfig
+from nanorlhf.engine import SamplingConfig, generate
+from nanorlhf.engine.generate import ragged
+from nanorlhf.optim import Optimizer
+from nanorlhf.train.loss import sum_by_sequence
+from nanorlhf.train.ppo import Judge, Rollout, episodes, ppo, roll_out, token_rewards, update
+from tiny import OPTIM, Killed, killed_at, model, random_sequences, same_weights, saving
+
+GOOD, ASK, END = 7, 20, 21
+SLOW = replace(OPTIM, lr=0.003, muon_lr=0.003)
+CONFIG = PPOConfig(steps=4, prompts=16, max_new_tokens=8, epochs=2, minibatches=2, kl_coef=0.05, kl_target=6.0,
+                   kl_horizon=2000, missing_end_score=-1.0, optim=SLOW, value_optim=OPTIM)
+PROMPTS = random_sequences(12, 6, seed=5)
+
+
+def score(sequences):
+    """How many of the last eight ids are GOOD, brought near mean 0 and deviation 1."""
+    return torch.tensor([(s[-8:].count(GOOD) - 1.0) for s in sequences], dtype=torch.float32)
+
+
+JUDGE = Judge(score, END)
+
+
+def models(seed=0):
+    """(policy, ref, value): the policy starts as the reference, the value model has a head of its own."""
+    return model(seed, loud=False), model(seed, loud=False), model(seed + 1, scalar_head=True, loud=False)
+
+
+def rollout_of(config=CONFIG, seed=3, loud=True):
+    policy, ref, value = model(0, loud=loud), model(1, loud=loud), model(2, scalar_head=True)
+    return roll_out(policy, ref, value, JUDGE, PROMPTS, config, seed), (policy, ref, value)
+
+
+def made_rollout(logprobs, ref_logprobs, scores, cu_actions):
+    """A rollout of which only what token_rewards reads is filled in."""
+    nothing = torch.zeros(0)
+    return Rollout(nothing, nothing, nothing, torch.tensor(cu_actions), torch.tensor(logprobs), torch.tensor(ref_logprobs),
+                   nothing, torch.tensor(scores), nothing, 0.0, 0.0)
+
+
+# --- rewards -------------------------------------------------------------------------------------------------------
+
+def test_the_score_lands_on_the_last_action_and_the_kl_on_every_one():
+    """Two episodes of 3 and 1 actions, β = 0.5. Log-ratios 1, −1, 0 | 2: penalties −0.5, 0.5, 0 | −1; scores 10 and 20
+    are added to the third action and to the only one."""
+    rollout = made_rollout([-1.0, -3.0, -2.0, -1.0], [-2.0, -2.0, -2.0, -3.0], [10.0, 20.0], [0, 3, 4])
+    assert token_rewards(rollout, 0.5).tolist() == [-0.5, 0.5, 10.0, 19.0]
+
+
+def test_an_episodes_rewards_sum_to_its_score_less_beta_times_its_kl():
+    rollout, _ = rollout_of()
+    total = sum_by_sequence(token_rewards(rollout, 0.3), rollout.cu_actions)
+    kl = sum_by_sequence(rollout.logprobs - rollout.ref_logprobs, rollout.cu_actions)
+    assert kl.abs().max() > 0.1
+    torch.testing.assert_close(total, rollout.scores - 0.3 * kl, atol=1e-4, rtol=1e-4)
+
+
+# --- rollouts ------------------------------------------------------------------------------------------------------
+
+def test_the_ids_that_were_sampled_are_the_ids_that_are_trained_on():
+    rollout, (policy, _, _) = rollout_of()
+    drawn = generate(policy, PROMPTS, 8, stop=[END], sampling=SamplingConfig(1.0), seed=3)
+    tokens, cu_seqlens = ragged([p + c.ids for p, c in zip(PROMPTS, drawn)])
+    assert torch.equal(rollout.tokens, tokens) and torch.equal(rollout.cu_seqlens, cu_seqlens)
+    assert rollout.tokens[rollout.where + 1].tolist() == [i for c in drawn for i in c.ids]
+    assert rollout.cu_actions.diff().tolist() == [len(c.ids) for c in drawn]
+    assert rollout.finished.tolist() == [c.ids[-1] == END for c in drawn]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_trainers_logprobs_are_the_samplers_and_values_belong_to_the_states_before_the_actions(temperature):
+    rollout, (policy, ref, value) = rollout_of(replace(CONFIG, temperature=temperature))
+    drawn = generate(policy, PROMPTS, 8, stop=[END], sampling=SamplingConfig(temperature), seed=3)
+    sampled = torch.tensor([x for c in drawn for x in c.logprobs])
+    torch.testing.assert_close(rollout.logprobs, sampled, atol=2e-5, rtol=0)
+    assert 0 <= rollout.sampler_gap == float((sampled - rollout.logprobs).abs().max()) < 2e-5
+    at = 0
+    for prompt, c in zip(PROMPTS, drawn):
+        for t, token in enumerate(c.ids):  # one state at a time
+            with torch.no_grad():
+                state, bounds = ragged([prompt + c.ids[:t]])
+                last = torch.tensor([len(state) - 1])
+                logits = ref(state, bounds)[-1] @ ref.head_weight.T / temperature
+                assert float(rollout.values[at]) == pytest.approx(float(value.scores(state, bounds, last)), abs=1e-4)
+                assert float(rollout.ref_logprobs[at]) == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-4)
+            at += 1
+    assert at == len(rollout.logprobs)
+
+
+def test_a_response_without_an_end_gets_the_missing_end_score_instead_of_its_own():
+    rollout, _ = rollout_of(replace(CONFIG, missing_end_score=-5.5), loud=False)
+    assert 0 < int(rollout.finished.sum()) < len(PROMPTS)  # both kinds are there
+    bounds = rollout.cu_seqlens.tolist()
+    own = score([rollout.tokens[a:b].tolist() for a, b in zip(bounds, bounds[1:])])
+    assert rollout.scores.tolist() == [float(s) if f else -5.5 for s, f in zip(own, rollout.finished)]
+
+
+def test_a_selection_of_episodes_is_their_batch_and_points_back_to_their_actions():
+    rollout, _ = rollout_of()
+    chosen = np.array([7, 0, 11])
+    tokens, cu_seqlens, where, index = episodes(rollout, chosen)
+    bounds = rollout.cu_seqlens.tolist()
+    expected, expected_cu = ragged([rollout.tokens[bounds[i]:bounds[i + 1]].tolist() for i in chosen])
+    assert torch.equal(tokens, expected) and torch.equal(cu_seqlens, expected_cu)
+    assert torch.equal(tokens[where + 1], rollout.tokens[rollout.where + 1][index])
+    assert len(index) == sum(int(rollout.cu_actions[i + 1] - rollout.cu_actions[i]) for i in chosen)
+
+
+# --- the start -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_at_the_start_the_kl_is_exactly_zero_and_the_ratio_one_at_any_temperature(tmp_path, temperature):
+    """The same weights, the same kernels, the same batch: not nearly equal but equal. The first minibatch is another
+    batch of the same episodes, whose products a library may round otherwise."""
+    config = replace(CONFIG, steps=1, temperature=temperature)
+    rollout = roll_out(*models(), JUDGE, PROMPTS, config, 0)
+    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    rows = []
+    ppo(*models(), JUDGE, PROMPTS, config, 0, saving(tmp_path), rows.append)
+    assert rows[0]["kl"] == 0.0 and rows[0]["reward"] == rows[0]["score"]
+    assert rows[0]["first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert rows[0]["ratio_max"] > 1.001  # later passes move the policy
+
+
+def test_the_first_policy_loss_is_minus_the_mean_whitened_advantage_which_is_zero():
+    """At ratio 1 nothing is clipped, and the loss over the whole batch is −mean(A) = 0."""
+    policy, ref, value = models()
+    config = replace(CONFIG, epochs=1, minibatches=1)
+    rollout = roll_out(policy, ref, value, JUDGE, PROMPTS, config, 0)
+    optimizers = Optimizer(policy, config.optim, 1), Optimizer(value, config.value_optim, 1)
+    row = update(policy, value, optimizers, rollout, 0.05, config, 0, 0)
+    assert row["policy_loss"] == pytest.approx(0, abs=1e-4) and row["clip_fraction"] == 0
+    assert row["grad_norm"] > 1e-3
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------
+
+def learn(folder, seed=0, rows=None, **changes):
+    config = replace(CONFIG, **{"steps": 25, "prompts": 48, "optim": OPTIM, **changes})
+    return ppo(*models(seed), JUDGE, PROMPTS, config, seed, saving(folder), [].append if rows is None else rows.append)
+
+
+def test_a_policy_learns_to_say_what_the_judge_rewards_and_to_end_its_turn(tmp_path):
+    """The judge counts a token that an untrained policy draws once in 23, and less than a third of the responses end
+    by themselves, the rest of which score −1 whatever they say."""
+    rows = []
+    learn(tmp_path, rows=rows)
+    means = lambda key: (np.mean([r[key] for r in rows[:3]]), np.mean([r[key] for r in rows[-3:]]))
+    (score_before, score_after), (ended_before, ended_after) = means("score"), means("finished")
+    assert score_before < -0.8 and score_after > 0.5
+    assert ended_before < 0.5 < ended_after
+
+
+def test_a_dear_kl_keeps_the_policy_at_its_reference(tmp_path):
+    held, free = [], []
+    learn(tmp_path / "held", rows=held, steps=10, kl_coef=3.0, kl_horizon=10**9)
+    learn(tmp_path / "free", rows=free, steps=10, kl_coef=0.0, kl_horizon=10**9)
+    assert held[-1]["kl_coef"] == pytest.approx(3.0, rel=1e-6)  # such a horizon holds it
+    assert abs(held[-1]["kl"]) < 0.3 < 1.0 < free[-1]["kl"]
+
+
+def test_the_logged_figures_agree_with_one_another(tmp_path):
+    """reward = score − β·KL, and β moves by its rule: error −0.2 below a target of 6 nats, 16 of 100 episodes."""
+    rows = []
+    learn(tmp_path, rows=rows, steps=3, prompts=16, kl_horizon=100)
+    for row in rows:
+        assert row["reward"] == pytest.approx(row["score"] - row["kl_coef"] * row["kl"], abs=1e-5)
+        assert 1 <= row["length"] <= 8 and 0 <= row["finished"] <= 1 and row["entropy"] > 0
+    assert [row["kl_coef"] for row in rows] == pytest.approx([0.05, 0.05 * 0.968, 0.05 * 0.968**2])
+
+
+def test_prompts_are_drawn_in_turn_so_that_none_falls_behind(tmp_path):
+    """12 prompts, 18 a step, 2 steps: each exactly three times."""
+    seen = []
+
+    def watch(sequences):
+        seen.extend(tuple(s) for s in sequences)
+        return score(sequences)
+
+    prompts = [[i, i, ASK] for i in range(12)]
+    ppo(*models(), Judge(watch, END), prompts, replace(CONFIG, steps=2, prompts=18), 0, saving(tmp_path), lambda row: None)
+    assert sorted(s[:3] for s in seen) == sorted(tuple(p) for p in prompts for _ in range(3))
+
+
+def test_no_prompt_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="ppo: expected at least one prompt, got none"):
+        ppo(*models(), JUDGE, [], CONFIG, 0, saving(tmp_path), lambda row: None)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_killed_training_goes_on_bit_for_bit_with_its_value_model_and_its_coefficient(tmp_path, step):
+    def train(folder, log, seed=0):
+        policy, _, value = models(seed)
+        ppo(policy, model(0, loud=False), value, JUDGE, PROMPTS, replace(CONFIG, kl_horizon=100), 1, saving(folder), log)
+        return policy, value
+
+    rows, again = [], []
+    expected = train(tmp_path / "whole", rows.append)
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", killed_at(step, again))
+    assert saving(tmp_path / "cut").saved_step() == step - 1
+    del again[-1]  # the row of the step that was lost; a run's log drops it too
+    resumed = train(tmp_path / "cut", again.append, seed=9)
+    assert all(same_weights(a, b) for a, b in zip(expected, resumed))
+    assert again == rows and len({row["kl_coef"] for row in rows}) == 4
