@@ -2,47 +2,52 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Optional
 
 import tyro
 from rich.console import Console
 
-from .config import PRESETS, RunConfig
+from .config import RunConfig, preset
 
 CONSOLE = Console(stderr=True)
 
 
-def _configured(preset: str, out: str, seed: int, files: tuple, offline: bool) -> RunConfig:
-    config = PRESETS[preset]()
-    data = replace(config.data, files=files, offline=offline or config.data.offline)
-    return replace(config, out=out, seed=seed, data=data)
+def _run(default: RunConfig):
+    def run(config: Annotated[RunConfig, tyro.conf.arg(name="")] = default, resume: bool = False,
+            json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+        """All stages in order: tokenizer, base model, SFT, reward model, PPO, comparison, report.
+
+        Args:
+            config: Every setting; --preset names the values that the others start from.
+            resume: Go on with the run in the folder, with the settings it began with.
+            json: Print the report as JSON.
+        """
+        from .progress import Progress
+        from .run import run as run_all
+
+        try:
+            with Progress(CONSOLE) as progress:
+                report = run_all(config, resume, progress)
+        except KeyboardInterrupt:
+            CONSOLE.print(f"Interrupted. Go on with: nanorlhf run --out {config.out} --resume", markup=False, soft_wrap=True)
+            sys.exit(130)
+        if json_:
+            print(json.dumps(report))
+            return
+        CONSOLE.print(f"Done in {report['seconds']['total'] / 60:.1f} minutes. Report: {config.out}/report.html   "
+                      f"Talk to it: nanorlhf chat {config.out}/ppo", markup=False, soft_wrap=True)
+    return run
 
 
-def run(out: str = "runs/first", seed: int = 0, preset: Literal["laptop", "tiny"] = "laptop",
-        files: tuple[str, ...] = (), offline: bool = False, resume: bool = False, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """All stages in order: tokenizer, base model, SFT, reward model, PPO, comparison, report.
-
-    Args:
-        out: The run's folder.
-        seed: Of everything that is random.
-        preset: laptop is the main run; tiny is a smoke run.
-        files: Local text files (txt, jsonl, parquet) to train on beside the built-in sources.
-        offline: Fetch nothing; use what is installed or cached.
-        resume: Go on with the run in the folder, with the settings it began with.
-        json: Print the report as JSON.
-    """
-    from .progress import Progress
-    from .run import run as run_all
-
-    with Progress(CONSOLE) as progress:
-        report = run_all(_configured(preset, out, seed, files, offline), resume, progress)
-    if json_:
-        print(json.dumps(report))
-    else:
-        minutes = report["seconds"]["total"] / 60
-        CONSOLE.print(f"Done in {minutes:.1f} minutes. Report: {out}/report.html   Talk to it: nanorlhf chat {out}/ppo")
+def _preset(words: list[str]) -> RunConfig:
+    """The preset that the command line names: its values are the defaults of all other flags."""
+    for i, word in enumerate(words):
+        if word == "--preset" and i + 1 < len(words):
+            return preset(words[i + 1])
+        if word.startswith("--preset="):
+            return preset(word.split("=", 1)[1])
+    return preset("laptop")
 
 
 def _stage(name: str):
@@ -162,20 +167,21 @@ def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
         print("{backend:<11}{device:<7}{dtype:<10}{ok!s:<7}{reason}".format(**row))
 
 
-VERBS = {"run": run, "pretrain": _stage("base"), "sft": _stage("sft"), "reward": _stage("reward"), "ppo": _stage("ppo"),
+VERBS = {"pretrain": _stage("base"), "sft": _stage("sft"), "reward": _stage("reward"), "ppo": _stage("ppo"),
          "chat": chat, "report": report, "tokenizer": tokenizer, "data": data, "doctor": doctor}
 
 
 def main() -> None:
     """Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
     try:
-        tyro.extras.subcommand_cli_from_dict(VERBS, prog="nanorlhf", description=__doc__)
-    except (ValueError, KeyError, OSError) as error:
+        verbs = {"run": _run(_preset(sys.argv[1:])), **VERBS}
+        tyro.extras.subcommand_cli_from_dict(verbs, prog="nanorlhf", description=__doc__)
+    except (ValueError, KeyError, OSError, FloatingPointError) as error:
         sentence = error.args[0] if isinstance(error, KeyError) else error
         CONSOLE.print(f"nanorlhf: {sentence}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        CONSOLE.print("Interrupted. Go on with: nanorlhf run --resume --out FOLDER", markup=False)
+        CONSOLE.print("Interrupted.")
         sys.exit(130)
 
 

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Literal, Tuple
+from typing import Annotated, Literal, Tuple
+
+import tyro
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -49,8 +51,8 @@ def gpt2_small() -> ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: Tuple[str, ...] = ()  # names of sources to use; empty: every one that is there
-    files: Tuple[str, ...] = ()  # local text files, each a source of its own
-    offline: bool = False  # do not fetch archives; use what is installed or cached
+    files: Annotated[Tuple[str, ...], tyro.conf.arg(aliases=["--files"])] = ()  # local text files, each a source of its own
+    offline: Annotated[bool, tyro.conf.arg(aliases=["--offline"])] = False  # do not fetch archives; use what is installed or cached
     max_source_bytes: int = 12_000_000  # a larger source is cut, by whole documents
     held_out_bytes: int = 100_000  # most held-out text of a source that bits per byte are measured on
 
