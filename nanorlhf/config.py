@@ -79,21 +79,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    steps: int = 600
+    steps: int = 480
     rows: int = 16  # rows of `row_tokens` tokens in a step
     row_tokens: int = 256
     micro_rows: int = 16  # rows in one forward; gradients add up to a step
-    evals: int = 6  # times that held-out bits per byte are measured
+    echo: float = 0.2  # share of the rows whose text is said twice, in short segments
+    evals: int = 4  # times that held-out bits per byte are measured
     sample_points: Tuple[float, ...] = (0.0, 0.03, 0.15, 0.4, 1.0)  # shares of the steps at which samples are drawn
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
 @dataclass(frozen=True)
 class SFTConfig:
-    steps: int = 350
+    steps: int = 250
     batch_tokens: int = 4096
     examples: int = 40_000  # most demonstrations that are used
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, muon_lr=0.007, decay=0.9))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, muon_lr=0.012, decay=0.9))
 
 
 @dataclass(frozen=True)
