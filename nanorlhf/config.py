@@ -155,6 +155,12 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        for stage in (self.tokenizer, self.pretrain, self.sft, self.reward, self.ppo, self.eval):
+            for f in fields(stage):
+                value = getattr(stage, f.name)
+                if isinstance(value, int) and f.name != "evals":
+                    _require(value > 0, f"{type(stage).__name__}: {f.name} must be positive, got {value}")
+        _require(self.ppo.temperature > 0, f"ppo.temperature must be above 0, got {self.ppo.temperature}")
         _require(self.pretrain.row_tokens <= self.model.context,
                  f"pretrain.row_tokens ({self.pretrain.row_tokens}) is longer than the model's context "
                  f"({self.model.context})")
