@@ -68,7 +68,7 @@ class Corpus:
                 streams[name] = pack(ids, offsets, end_of_text)
         pretrain = self.config.pretrain
         return Mixture(streams, default_weights(list(streams)), pretrain.row_tokens, self.config.seed, end_of_text,
-                       pretrain.echo)
+                       tuple(round(share * pretrain.steps) * pretrain.rows for share in pretrain.echo))
 
     def data_card(self, epochs: dict) -> list:
         """One entry a source. epochs: how often pretraining saw it."""

@@ -15,7 +15,6 @@ HELD_OUT_BYTES = 100_000  # cap
 DEFAULT_WEIGHTS = {"wiki": 0.30, "plays": 0.125, "bible": 0.125, "films": 0.20, "stdlib": 0.15, "docstrings": 0.04,
                    "dialogue": 0.04, "topics": 0.02, "wiki_fr": 0.05, "wiki_es": 0.05}
 ECHO_TOKENS = (8, 41)  # bounds of an echoed segment's length, the upper one excluded
-_SILVER = 2**0.5  # its multiples modulo 1 spread the echo rows evenly, and apart from the golden ratio's sources
 FILE_WEIGHT = 0.5  # a file that the user names is what the user wants to hear
 
 
@@ -107,12 +106,13 @@ class Mixture:
     a few rows. A source's rows come in a new random order, and with new row boundaries, at each of its epochs.
     """
 
-    def __init__(self, streams, weights, row_tokens, seed, eot_id, echo=0.0):
+    def __init__(self, streams, weights, row_tokens, seed, eot_id, echo=(0, 0)):
         """streams: {name: int32 ids}; weights: {name: share}, renormalised over streams; eot_id ends documents.
 
-        echo: share of the rows that are made of short segments of their text, each said twice, each a sequence of its
-        own. It is the densest lesson in looking back: attention that finds an earlier occurrence and copies what
-        followed (induction heads: Olsson et al. 2022) does not form in a few million tokens of plain text.
+        echo: the first row and the row after the last of those that are made of short segments of their text, each said
+        twice, each a sequence of its own. It is the densest lesson in looking back: attention that finds an earlier
+        occurrence and copies what followed (induction heads: Olsson et al. 2022) does not form in a few million
+        tokens of plain text, nor where such rows are thinly spread.
         """
         self.names = sorted(name for name in streams if weights.get(name, 0) > 0)
         if not self.names or any(len(streams[name]) == 0 for name in self.names):
@@ -120,8 +120,6 @@ class Mixture:
                              f"{ {name: len(ids) for name, ids in streams.items()} } and weights {weights}")
         if row_tokens < 2:
             raise ValueError(f"Mixture: expected row_tokens of at least 2, got {row_tokens}")
-        if not 0 <= echo <= 1:
-            raise ValueError(f"Mixture: expected echo between 0 and 1, got {echo}")
         self.row_tokens, self.seed, self.eot_id, self.echo = row_tokens, seed, eot_id, echo
         self.sizes = {name: len(streams[name]) for name in self.names}
         # A stream shorter than a row is repeated until it fills one.
@@ -169,7 +167,7 @@ class Mixture:
         made, breaks = [], [np.arange(0, rows * self.row_tokens + 1, self.row_tokens)]
         for n in range(first, first + rows):
             row = self._row(self.names[self._choice[n]], self._ordinal[n])
-            if (n + 1) * _SILVER % 1.0 < self.echo:
+            if self.echo[0] <= n < self.echo[1]:
                 row, starts = echoed(row, np.random.default_rng([self.seed, n, 1]))
                 breaks.append(starts + len(made) * self.row_tokens)
             made.append(row)
