@@ -102,9 +102,9 @@ class RewardConfig:
     epochs: int = 2  # passes over the human-labelled groups
     k: int = 8  # completions of a prompt that are ranked together
     groups_per_step: int = 8
-    simulated_prompts: int = 320  # prompts whose K sampled completions the simulated labeller ranks
+    simulated_prompts: int = 256  # prompts whose K sampled completions the simulated labeller ranks
     labeller_temperature: float = 0.5  # of the simulated labeller's Bradley-Terry noise
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, muon_lr=0.003, decay=0.9))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, muon_lr=0.006, decay=0.9))
 
 
 @dataclass(frozen=True)
