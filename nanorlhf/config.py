@@ -93,7 +93,7 @@ class PretrainConfig:
 class SFTConfig:
     steps: int = 220
     batch_tokens: int = 4096
-    examples: int = 40_000  # most demonstrations that are used
+    examples: int = 20_000  # demonstrations in a pass, shared over the families
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, muon_lr=0.012, decay=0.9))
 
 

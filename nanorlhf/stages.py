@@ -11,7 +11,7 @@ from .assistant import Assistant
 from .checkpoint import load_model, save_model
 from .data.corpus import head
 from .data.films import labelled_reviews, review_groups, same_film_pairs
-from .data.instruct import FAVOURABLE, UNFAVOURABLE, Example, film_prompt, prompts
+from .data.instruct import FAVOURABLE, UNFAVOURABLE, Example, blend, film_prompt, prompts
 from .data.labeller import Labeller
 from .data.sentiment import Sentiment, pair_accuracy
 from .data.sources import document_bytes
@@ -87,7 +87,7 @@ def sft_stage(run) -> None:
     state, config = run.state("sft"), run.config
     train, held_out = run.corpus.demonstrations
     room = config.model.context
-    rendered = [(e.family, chat_format.render(run.tokenizer, conversation(e))) for e in train[:config.sft.examples]]
+    rendered = [(e.family, chat_format.render(run.tokenizer, conversation(e))) for e in blend(train, config.sft.examples)]
     families = [family for family, (ids, _) in rendered if len(ids) <= room]
     rendered = [r for _, r in rendered if len(r[0]) <= room]
     held = [e for e in prompts(held_out, None, 600, config.seed)]

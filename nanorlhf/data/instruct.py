@@ -52,6 +52,8 @@ PHRASINGS = {
     ),
 }
 FAMILIES = tuple(PHRASINGS)
+# Of the demonstrations that SFT sees. Films weigh more than their number: what they teach is to heed the prompt.
+FAMILY_SHARES = {"word": 0.33, "repeat": 0.05, FAVOURABLE: 0.21, UNFAVOURABLE: 0.21, "describe": 0.12, "docstring": 0.08}
 MIN_WORDS, MAX_WORDS = 5, 25  # of a sentence in the word family
 MAX_RESPONSE_WORDS = 30
 WORD_COUNT = 20  # times a word must occur in the training sentences before a prompt asks for it
@@ -253,6 +255,23 @@ def instruct_pairs(sources, film_split=None, seed=0):
     rng.shuffle(train)
     rng.shuffle(held)
     return train, held
+
+
+def blend(examples, n, shares=None):
+    """n examples, each family's share of them as FAMILY_SHARES says (renormalised over the families there are); a family
+    that is too small for its share comes round again. In the examples' order, family by family interleaved evenly.
+    """
+    shares = FAMILY_SHARES if shares is None else shares
+    piles = {family: [e for e in examples if e.family == family] for family in shares}
+    piles = {family: pile for family, pile in piles.items() if pile}
+    if not piles:
+        raise ValueError(f"blend: expected examples of {', '.join(shares)}, got none")
+    total = sum(shares[family] for family in piles)
+    chosen = []
+    for family, pile in piles.items():
+        count = max(1, round(n * shares[family] / total))
+        chosen += [((i + 0.5) / count, family, pile[i % len(pile)]) for i in range(count)]
+    return [example for _, _, example in sorted(chosen, key=lambda item: item[:2])]
 
 
 def prompts(examples, families=None, n=None, seed=0):
