@@ -50,7 +50,7 @@ def hf_config(config: ModelConfig, scalar_head: bool) -> dict:
         "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads, "head_dim": config.head_size,
         "max_position_embeddings": config.context, "rope_theta": config.rope_base, "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied, "hidden_act": "silu", "attention_bias": False, "torch_dtype": "float32",
+        "tie_word_embeddings": config.tied, **({"num_labels": 1} if scalar_head else {}), "hidden_act": "silu", "attention_bias": False, "torch_dtype": "float32",
         "nanorlhf": ours,
     }
 
@@ -76,9 +76,13 @@ def load_model(folder: Path, dtype: str = "auto", device: str = "cpu", scalar_he
         raise ValueError(f"{folder} was written by another version (format {found}; this one reads {FORMAT})")
     fields = {k: v for k, v in ours.items() if k not in ("format", "scalar_head")}
     where = torch.device(device)
+    if set(fields) != set(ModelConfig.__dataclass_fields__):
+        raise ValueError(f"{folder} was written by another version (its settings differ)")
     model = Model(ModelConfig(**fields), scalar_head or ours["scalar_head"], compute_dtype(dtype, where))
-    state = load_file(folder / "model.safetensors")
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} cannot be read as this model ({error})") from error
     if unexpected or [m for m in missing if m != "score.weight"]:
         raise ValueError(f"{folder}: the weights do not fit the configuration ({(missing + unexpected)[0]})")
     return model.to(where)

@@ -19,7 +19,7 @@ SHOWN = 12  # prompts whose responses the report prints
 
 
 def answers(run) -> tuple:
-    """(examples, {system: Answers}, {system: gold scores}) on the held-out prompts."""
+    """(examples, {system: Answers}, {system: gold scores}, {system: share of copied lines}) on held-out prompts."""
     config = run.config
     train, held_out = run.corpus.demonstrations
     examples = prompts(held_out, GOLD_FAMILIES, config.eval.prompts, config.seed)
@@ -28,16 +28,18 @@ def answers(run) -> tuple:
     found = compare(systems["base"], systems["sft"], systems["ppo"], examples, train,
                     lambda sequences: score_all(scorer, sequences), config.eval.best_of, config.eval.shots,
                     config.ppo.max_new_tokens, config.eval.temperature, config.seed)
-    reference = [text for documents in run.corpus.held_out.values() for text in documents]
-    judge = GoldJudge.fit(run.corpus.films.gold if run.corpus.films else [], reference)
+    # The source films holds training films only, so its held-out part is not the judge's to read.
+    reference = [text for name, documents in run.corpus.held_out.items() if name != "films" for text in documents]
+    judge = GoldJudge.fit(run.corpus.films.gold if run.corpus.films else [], reference, [e.response for e in train])
     scores = {name: [judge.score(e, text) for e, text in zip(examples, a.texts)] for name, a in found.items()}
-    return examples, found, scores
+    copied = {name: sum(map(judge.copied, a.texts)) / len(a.texts) for name, a in found.items()}
+    return examples, found, scores, copied
 
 
 def comparison(run) -> dict:
     """The report's part on the stages' responses."""
     began = time.perf_counter()
-    examples, found, scores = answers(run)
+    examples, found, scores, copied = answers(run)
     families = sorted({e.family for e in examples})
     by_family = {f: {name: mean_ci95([s for s, e in zip(values, examples) if e.family == f])
                      for name, values in scores.items()} for f in families}
@@ -51,6 +53,7 @@ def comparison(run) -> dict:
         "win_rate": {"sft_vs_base_prompted": win_rate(scores["sft"], scores["base_prompted"]),
                      "ppo_vs_sft": win_rate(scores["ppo"], scores["sft"]),
                      "best_of_n_vs_sft": win_rate(scores["best_of_n"], scores["sft"])},
+        "copied": copied,  # share of the responses that are, letter for letter, a demonstration's
         "elo": ratings(scores, seed=run.config.seed),
         "length": {name: sum(a.tokens) / len(a.tokens) for name, a in found.items()},
         "diversity": {name: {"distinct_2": distinct_n(a.texts, 2)} for name, a in found.items()},

@@ -160,7 +160,17 @@ class RunConfig:
                 value = getattr(stage, f.name)
                 if isinstance(value, int) and f.name != "evals":
                     _require(value > 0, f"{type(stage).__name__}: {f.name} must be positive, got {value}")
-        _require(self.ppo.temperature > 0, f"ppo.temperature must be above 0, got {self.ppo.temperature}")
+        for name, value in (("ppo.temperature", self.ppo.temperature), ("eval.temperature", self.eval.temperature),
+                            ("data.held_out_bytes", self.data.held_out_bytes),
+                            ("data.max_source_bytes", self.data.max_source_bytes)):
+            _require(value > 0, f"{name} must be above 0, got {value}")
+        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+        _require(self.eval.prompts >= 6, f"eval.prompts must be at least 6 for an interval in each family, "
+                 f"got {self.eval.prompts}")
+        _require(self.ppo.prompts >= self.ppo.minibatches,
+                 f"ppo.prompts ({self.ppo.prompts}) cannot be cut into {self.ppo.minibatches} minibatches")
+        _require(self.model.vocab_size == self.tokenizer.vocab_size,
+                 f"model.vocab_size ({self.model.vocab_size}) and tokenizer.vocab_size ({self.tokenizer.vocab_size}) differ")
         _require(self.pretrain.row_tokens <= self.model.context,
                  f"pretrain.row_tokens ({self.pretrain.row_tokens}) is longer than the model's context "
                  f"({self.model.context})")

@@ -108,11 +108,11 @@ def reward_model(report: dict, rows: list[dict], drawn: bool) -> str:
         parts += [_pair_accuracy(rows, drawn), "</div>"]
     else:
         parts.append(missing("the loss of the reward model"))
-    accuracy, bayes = at(report, "reward.pair_accuracy", {}), at(report, "reward.naive_bayes_pair_accuracy")
+    accuracy, bayes = at(report, "reward.pair_accuracy", {}), at(report, "reward.linear_pair_accuracy")
     if accuracy:
         body = [[source, percent(value)] for source, value in accuracy.items()]
         if isinstance(bayes, (int, float)):
-            body.append(["naive Bayes on words, for comparison", percent(bayes)])
+            body.append(["logistic regression on words and word pairs, for comparison", percent(bayes)])
         parts.append(html_table("Held-out pairs ranked as labelled", ["pairs from", "accuracy"], body))
     else:
         parts.append(missing("the reward model's accuracy on held-out pairs"))

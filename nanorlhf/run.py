@@ -90,7 +90,10 @@ def open_run(config: RunConfig, resume: bool = False, notify: Callable[[dict], N
                              f"this one reads {FORMAT})")
         if not resume:
             raise ValueError(f"{config.out} already holds a run; go on with it by --resume, or choose another --out")
-        config = replace(from_dict(RunConfig, held["config"]), out=config.out)
+        try:
+            config = replace(from_dict(RunConfig, held["config"]), out=config.out)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{config.out} holds a run of another version (its settings differ: {error})") from error
     elif resume:
         raise ValueError(f"{config.out} holds no run to resume")
     else:

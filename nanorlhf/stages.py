@@ -138,14 +138,14 @@ def reward_stage(run) -> None:
     policy, seed = load_stage(run, "sft"), config.seed
     asked = prompts(train, GOLD_FAMILIES, config.reward.simulated_prompts, seed)
     simulated = sampled_rankings(run, policy, asked, seed)
-    tests = {"simulated": sampled_rankings(run, policy, prompts(held_out, GOLD_FAMILIES, 64, seed), seed + 1)}
+    tests = {"films": film_pairs(run, films.test)} if films else {}
+    tests["simulated"] = sampled_rankings(run, policy, prompts(held_out, GOLD_FAMILIES, 64, seed), seed + 1)
     facts, epochs = {}, [list(simulated) for _ in range(config.reward.epochs)]
     if films is not None:
         epochs = [human_rankings(run, films.train, config.reward.k, seed * 1000 + e) + part
                   for e, part in enumerate(epochs)]
-        tests["films"] = film_pairs(run, films.test)
-        bayes = Sentiment().fit(*labelled_reviews(films.train))
-        facts["naive_bayes_pair_accuracy"] = pair_accuracy(bayes.log_odds, same_film_pairs(films.test, seed, 2000))
+        linear = Sentiment().fit(*labelled_reviews(films.train))
+        facts["linear_pair_accuracy"] = pair_accuracy(linear.log_odds, same_film_pairs(films.test, seed))
     model = load_stage(run, "sft", scalar_head=True)
     measure = lambda m: {name: model_pair_accuracy(m, rankings) for name, rankings in tests.items() if rankings}
     train_reward(model, epochs, config.reward, seed, state, measure, run.log)
@@ -175,7 +175,7 @@ def ppo_stage(run) -> None:
     scorer, value = load_stage(run, "reward"), load_stage(run, "reward")
     offset = run.facts("reward")["score_mean"]
     end = run.tokenizer.special_tokens[chat_format.END]
-    judge = Judge(lambda sequences: score_all(scorer, sequences) - offset, end)
+    judge = Judge(lambda sequences: score_all(scorer, sequences) - offset, end, offset)
     room = config.model.context - config.ppo.max_new_tokens
     asked = render_prompts(Assistant(policy, run.tokenizer), prompts(run.corpus.demonstrations[0], GOLD_FAMILIES,
                                                                      config.ppo.distinct_prompts, config.seed + 1))

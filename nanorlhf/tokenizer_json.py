@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,8 +180,11 @@ def write_folder(v: Vocabulary, folder: Path) -> None:
         config["eos_token"] = "<|endoftext|>"
     # Only for this package: tells ranks by bytes from the merge list that spells them out.
     config["nanorlhf"] = {"ranks_by_bytes": v.merges is None}
-    (folder / "tokenizer.json").write_text(json.dumps(to_json(v), ensure_ascii=False), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, text in (("tokenizer.json", json.dumps(to_json(v), ensure_ascii=False)),
+                       ("tokenizer_config.json", json.dumps(config, indent=2) + "\n")):
+        fresh = folder / (name + ".tmp")
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, folder / name)
 
 
 def read_folder(folder: Path) -> Vocabulary:

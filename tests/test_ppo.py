@@ -137,7 +137,7 @@ def test_the_first_policy_loss_is_minus_the_mean_whitened_advantage_which_is_zer
     config = replace(CONFIG, epochs=1, minibatches=1)
     rollout = roll_out(policy, ref, value, JUDGE, PROMPTS, config, 0)
     optimizers = Optimizer(policy, config.optim, 1), Optimizer(value, config.value_optim, 1)
-    row = update(policy, value, optimizers, rollout, 0.05, config, 0, 0)
+    row = update(policy, value, optimizers, rollout, 0.05, 0.0, config, 0, 0)
     assert row["policy_loss"] == pytest.approx(0, abs=1e-4) and row["clip_fraction"] == 0
     assert row["grad_norm"] > 1e-3
 

@@ -29,7 +29,7 @@ def made_up_report() -> dict:
         "pretrain": {"bpb": {"prose": 1.9, "code": 1.5, "plays": 2.6}, "tokens_per_s": 12345.6},
         "xz_bpb": {"prose": 2.3, "code": 1.6, "plays": 2.5},
         "sft": {"response_bpb": {"base": 2.4, "sft": 1.7}},
-        "reward": {"pair_accuracy": {"film reviews": 0.801, "simulated": 0.74}, "naive_bayes_pair_accuracy": 0.79},
+        "reward": {"pair_accuracy": {"film reviews": 0.801, "simulated": 0.74}, "linear_pair_accuracy": 0.79},
         "ppo": {"kl": 6.25, "entropy": {"base": 3.1, "sft": 2.0, "ppo": 1.5}},
         "gold": {m: winrate.mean_ci95(values) for m, values in scores.items()},
         "win_rate": {

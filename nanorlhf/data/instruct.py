@@ -59,6 +59,7 @@ MAX_RESPONSE_WORDS = 30
 WORD_COUNT = 20  # times a word must occur in the training sentences before a prompt asks for it
 WORD_SOURCES = ("wiki", "plays", "bible", "films", "docstrings", "dialogue", "topics")
 WORD_PAIRS = 9_000  # cap per source, so that no source gives most of the pairs
+HELD_WORDS = 8  # one word in so many is asked for in held-out prompts only
 REPEAT_EVERY = 5  # one in so many word sentences, if short, is also one to repeat …
 REPEAT_WORDS = 14  # … of at most so many words
 SIGNATURE_CHARACTERS = 80
@@ -170,8 +171,9 @@ def _word_family(parts, split, rng):
     if split is not None and "films" in parts:
         held["films"] = _sentences_of("films", ["\n\n" + "\n\n".join(f.fresh + f.rotten) for f in split.test])
     vocabulary = _content_words([sentence for found in train.values() for sentence in found])
-    return ([e for name, found in train.items() for e in _word_examples(name, found, vocabulary, rng)],
-            [e for name, found in held.items() for e in _word_examples(name, found, vocabulary, rng)])
+    reserved = {word for word in vocabulary if stable_hash(word, "held out") % HELD_WORDS == 0}
+    return ([e for name, found in train.items() for e in _word_examples(name, found, vocabulary - reserved, rng)],
+            [e for name, found in held.items() for e in _word_examples(name, found, reserved, rng)])
 
 
 def _repeat_family(word_examples):
@@ -298,6 +300,8 @@ def prompts(examples, families=None, n=None, seed=0):
 
 def few_shot(example, train, k=4, seed=0):
     """The document that a base model is asked to continue: k examples of the same family, then this prompt.
+
+    train: examples to show; those of other families are passed over.
 
     >>> e = Example("word", "Say rain.", "It rains."); print(few_shot(Example("word", "Say sun.", ""), [e], 1))
     Instruction: Say rain.

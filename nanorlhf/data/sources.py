@@ -42,8 +42,14 @@ class Source:
 
 
 def document_bytes(document):
-    """The UTF-8 bytes of a document, the original bytes where the file was not UTF-8."""
-    return document.encode("utf-8", "surrogateescape")
+    """The UTF-8 bytes of a document, the original bytes where the file was not UTF-8.
+
+    A lone surrogate that stands for no byte (JSON can hold one) becomes U+FFFD, as it does when text is encoded.
+    """
+    try:
+        return document.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
 
 
 def make_source(name, slot, kind, licence, version, documents, sha256="", keys=()):

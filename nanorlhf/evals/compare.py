@@ -74,11 +74,27 @@ def best_of_n(assistant: Assistant, examples: Sequence[Example], n: int, score: 
     return Answers([assistant.text(c).strip() for c in best], [len(c.ids) for c in best])
 
 
+def fitting_document(base: Assistant, example: Example, pool: Sequence[Example], shots: int, seed: int,
+                     room: int) -> str:
+    """The few-shot document with at most ``shots`` whole examples that is no longer than ``room`` tokens."""
+    for k in range(shots, 0, -1):
+        document = few_shot(example, pool, k, seed)
+        if len(base.tokenizer.encode(document)) <= room:
+            return document
+    return few_shot(example, pool, 0, seed)
+
+
 def compare(base: Assistant, sft: Assistant, ppo: Assistant, examples: Sequence[Example], train: Sequence[Example],
             score: Callable[[List[List[int]]], torch.Tensor], best_of: int, shots: int, max_new_tokens: int,
             temperature: float, seed: int) -> Dict[str, Answers]:
-    """Every system's answers to ``examples``. The prompted base sees ``shots`` solved examples of the same family."""
-    documents = [few_shot(e, train, shots, seed * 1_000_003 + i) for i, e in enumerate(examples)]
+    """Every system's answers to ``examples``. The prompted base sees ``shots`` solved examples of the same family, or as
+    many as its context has room for beside the answer."""
+    families = {e.family: [] for e in examples}
+    for e in train:
+        families.get(e.family, []).append(e)
+    room = base.model.config.context - max_new_tokens - 1
+    documents = [fitting_document(base, e, families[e.family], shots, seed * 1_000_003 + i, room)
+                 for i, e in enumerate(examples)]
     return {
         "base": complete_lines(base, [e.prompt + "\n" for e in examples], max_new_tokens, temperature, seed),
         "base_prompted": complete_lines(base, documents, max_new_tokens, temperature, seed + 1),

@@ -25,6 +25,7 @@ class Judge:
 
     score: Callable[[Sequence[Sequence[int]]], Tensor]
     end: int  # the end-of-turn token
+    offset: float = 0.0  # what was subtracted: the value model, a copy of the reward model, starts that much too high
 
 
 @dataclass
@@ -61,7 +62,7 @@ def roll_out(policy: Model, ref: Model, value: Model, judge: Judge, prompts: Lis
     scores = judge.score(sequences).to(policy.device)
     return Rollout(
         tokens, cu_seqlens, where, ragged([c.ids for c in drawn], policy.device)[1], logprobs, ref_logprobs,
-        value.scores(tokens, cu_seqlens, where), scores.where(finished, torch.tensor(config.missing_end_score)), finished,
+        value.scores(tokens, cu_seqlens, where) - judge.offset, scores.where(finished, torch.tensor(config.missing_end_score)), finished,
         float(entropy.mean()), float((sampled - logprobs).abs().max()))
 
 
@@ -88,7 +89,7 @@ def episodes(rollout: Rollout, chosen: np.ndarray) -> tuple[Tensor, Tensor, Tens
 
 
 def update(policy: Model, value: Model, optimizers: tuple[Optimizer, Optimizer], rollout: Rollout, beta: float,
-           config: PPOConfig, seed: int, step: int) -> dict:
+           offset: float, config: PPOConfig, seed: int, step: int) -> dict:
     """The PPO epochs on one rollout. Returns the means of what they measured."""
     advantages, returns = gae(token_rewards(rollout, beta), rollout.values, rollout.cu_actions, config.gamma, config.lam)
     advantages = whiten(advantages)
@@ -101,7 +102,7 @@ def update(policy: Model, value: Model, optimizers: tuple[Optimizer, Optimizer],
             old = rollout.logprobs[index]
             p_loss, clipped = policy_loss(logprobs, old, advantages[index], config.clip)
             p_loss.backward()
-            v_loss = value_loss(value.scores(tokens, cu_seqlens, where), rollout.values[index], returns[index],
+            v_loss = value_loss(value.scores(tokens, cu_seqlens, where) - offset, rollout.values[index], returns[index],
                                 config.value_clip)
             v_loss.backward()
             at = (step * config.epochs + epoch) * config.minibatches + part
@@ -132,7 +133,7 @@ def ppo(policy: Model, ref: Model, value: Model, judge: Judge, prompts: Sequence
         order = np.concatenate([np.random.default_rng([seed, turn + t, 5]).permutation(len(prompts))
                                 for t in range(2 + config.prompts // len(prompts))])[at:at + config.prompts]
         rollout = roll_out(policy, ref, value, judge, [prompts[i] for i in order], config, seed * 1_000_003 + step)
-        measured = update(policy, value, optimizers, rollout, controller.beta, config, seed, step)
+        measured = update(policy, value, optimizers, rollout, controller.beta, judge.offset, config, seed, step)
         kl = sum_by_sequence(rollout.logprobs - rollout.ref_logprobs, rollout.cu_actions)
         lengths = (rollout.cu_actions[1:] - rollout.cu_actions[:-1]).float()
         log({"stage": "ppo", "step": step + 1, "score": float(rollout.scores.mean()), "kl": float(kl.mean()),
