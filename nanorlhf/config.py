@@ -72,18 +72,17 @@ class OptimConfig:
     weight_decay: float = 0.01
     momentum: float = 0.95  # Muon's
     warmup: float = 0.03  # share of the steps with rising rate
-    decay: float = 0.4  # share of the steps, at the end, over which the rate falls linearly
+    decay: float = 0.6  # share of the steps, at the end, over which the rate falls linearly
     final: float = 0.05  # last rate as a share of the peak
     clip: float = 1.0  # bound of the gradient's global norm
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    steps: int = 400
+    steps: int = 380
     rows: int = 16  # rows of `row_tokens` tokens in a step
     row_tokens: int = 256
     micro_rows: int = 16  # rows in one forward; gradients add up to a step
-    echo: Tuple[float, float] = (0.3, 0.62)  # from and to which share of the steps rows say short segments twice
     evals: int = 4  # times that held-out bits per byte are measured
     sample_points: Tuple[float, ...] = (0.0, 0.03, 0.15, 0.4, 1.0)  # shares of the steps at which samples are drawn
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -91,7 +90,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    steps: int = 220
+    steps: int = 210
     batch_tokens: int = 4096
     examples: int = 20_000  # demonstrations in a pass, shared over the families
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, muon_lr=0.012, decay=0.9))
@@ -109,7 +108,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    steps: int = 32
+    steps: int = 30
     prompts: int = 128  # rollouts in a step
     distinct_prompts: int = 3000  # that they are drawn from, shared over the families
     max_new_tokens: int = 48

@@ -138,7 +138,8 @@ def reward_stage(run) -> None:
     policy, seed = load_stage(run, "sft"), config.seed
     asked = prompts(train, GOLD_FAMILIES, config.reward.simulated_prompts, seed)
     simulated = sampled_rankings(run, policy, asked, seed)
-    tests = {"films": film_pairs(run, films.test)} if films else {}
+    tests = {"films": film_pairs(run, films.test, FAVOURABLE),
+             "films_unfavourable": film_pairs(run, films.test, UNFAVOURABLE)} if films else {}
     tests["simulated"] = sampled_rankings(run, policy, prompts(held_out, GOLD_FAMILIES, 64, seed), seed + 1)
     facts, epochs = {}, [list(simulated) for _ in range(config.reward.epochs)]
     if films is not None:
@@ -156,16 +157,17 @@ def reward_stage(run) -> None:
                  rankings={"films": len(epochs[0]) - len(simulated), "simulated": len(simulated)}, **facts)
 
 
-def film_pairs(run, films) -> List[Ranking]:
-    """Every test film as one ranking: all of its fresh reviews over all of its rotten ones, favourable prompt."""
+def film_pairs(run, films, kind: str) -> List[Ranking]:
+    """Every test film as one ranking: its fresh reviews over its rotten ones, or under for the unfavourable prompt."""
+    best, worst = (0, 1) if kind == FAVOURABLE else (1, 0)
     rankings = []
     for film in films:
         if film.fresh and film.rotten:
-            prompt = film_prompt(FAVOURABLE, film.title, film.title)
+            prompt = film_prompt(kind, film.title, film.title)
             sequences = [chat_format.render(run.tokenizer, [{"role": "user", "content": prompt},
                                                             {"role": "assistant", "content": text}])[0]
                          for text in film.fresh + film.rotten]
-            rankings.append(Ranking("films", sequences, [0] * len(film.fresh) + [1] * len(film.rotten)))
+            rankings.append(Ranking("films", sequences, [best] * len(film.fresh) + [worst] * len(film.rotten)))
     return rankings
 
 

@@ -113,23 +113,6 @@ def test_a_stream_shorter_than_a_row_repeats():
     assert tokens.tolist() == [1, 2, EOT, 1, 2, EOT, 1]
 
 
-def test_echo_rows_say_each_segment_twice_and_come_where_they_should():
-    """Ids are all different, so a token that occurs again in its sequence is an echo. A whole sequence of an echo row is
-    one segment twice; only the last of a row can be cut short."""
-    mixture = Mixture({"a": np.arange(1, 60_001)}, {"a": 1}, 100, 3, EOT, echo=(50, 150))
-    tokens, cu_seqlens = mixture.batch(0, 400)
-    bounds, echo_rows = cu_seqlens.tolist(), set()
-    for start, end in zip(bounds, bounds[1:]):
-        ids = tokens[start:end].tolist()
-        if end - start < 100:  # plain rows hold no document end here, so they are one sequence of 100
-            echo_rows.add(start // 100)
-            if end % 100:
-                half = len(ids) // 2
-                assert 8 <= half <= 40 and ids[:half] == ids[half:]
-    assert echo_rows == set(range(50, 150))
-    assert mixture.batch(17, 3)[0].equal(Mixture({"a": np.arange(1, 60_001)}, {"a": 1}, 100, 3, EOT, (50, 150)).batch(17, 3)[0])
-
-
 def test_default_weights_are_those_of_the_sources_that_are_there():
     weights = default_weights(["wiki", "plays", "bible", "mine"])
     assert sum(weights.values()) == pytest.approx(1) and weights["wiki"] / weights["plays"] == pytest.approx(2.4)

@@ -66,9 +66,8 @@ class Corpus:
             ids, offsets = tokenizer.encode_batch([document_bytes(d) for d in self.train_documents(name)])
             if len(ids):
                 streams[name] = pack(ids, offsets, end_of_text)
-        pretrain = self.config.pretrain
-        return Mixture(streams, default_weights(list(streams)), pretrain.row_tokens, self.config.seed, end_of_text,
-                       tuple(round(share * pretrain.steps) * pretrain.rows for share in pretrain.echo))
+        return Mixture(streams, default_weights(list(streams)), self.config.pretrain.row_tokens, self.config.seed,
+                       end_of_text)
 
     def data_card(self, epochs: dict) -> list:
         """One entry a source. epochs: how often pretraining saw it."""

@@ -14,7 +14,6 @@ HELD_OUT_BYTES = 100_000  # cap
 # nothing here is web text. Renormalised over the sources that are there.
 DEFAULT_WEIGHTS = {"wiki": 0.30, "plays": 0.125, "bible": 0.125, "films": 0.20, "stdlib": 0.15, "docstrings": 0.04,
                    "dialogue": 0.04, "topics": 0.02, "wiki_fr": 0.05, "wiki_es": 0.05}
-ECHO_TOKENS = (8, 41)  # bounds of an echoed segment's length, the upper one excluded
 FILE_WEIGHT = 0.5  # a file that the user names is what the user wants to hear
 
 
@@ -81,23 +80,6 @@ def pack(ids, offsets, eot_id):
     return np.insert(np.asarray(ids, dtype=np.int32), ends, np.int32(eot_id))
 
 
-def echoed(row, rng):
-    """Segments of a row, each twice in a row, up to the row's own length; and where each pair starts.
-
-    >>> tokens, starts = echoed(np.arange(100), np.random.default_rng(0))
-    >>> len(tokens), bool((tokens[starts[0]:starts[1]] == np.tile(np.arange(starts[1] // 2), 2)).all())
-    (100, True)
-    """
-    pieces, starts, taken, size = [], [], 0, 0
-    while size < len(row):
-        length = int(rng.integers(*ECHO_TOKENS))
-        segment = row[taken:taken + length]
-        starts.append(size)
-        pieces += [segment, segment]
-        taken, size = taken + length, size + 2 * len(segment)
-    return np.concatenate(pieces)[:len(row)], np.array(starts)
-
-
 class Mixture:
     """Rows of row_tokens tokens drawn from several packed streams in given proportions.
 
@@ -106,21 +88,15 @@ class Mixture:
     a few rows. A source's rows come in a new random order, and with new row boundaries, at each of its epochs.
     """
 
-    def __init__(self, streams, weights, row_tokens, seed, eot_id, echo=(0, 0)):
-        """streams: {name: int32 ids}; weights: {name: share}, renormalised over streams; eot_id ends documents.
-
-        echo: the first row and the row after the last of those that are made of short segments of their text, each said
-        twice, each a sequence of its own. It is the densest lesson in looking back: attention that finds an earlier
-        occurrence and copies what followed (induction heads: Olsson et al. 2022) does not form in a few million
-        tokens of plain text, nor where such rows are thinly spread.
-        """
+    def __init__(self, streams, weights, row_tokens, seed, eot_id):
+        """streams: {name: int32 ids}; weights: {name: share}, renormalised over streams; eot_id ends documents."""
         self.names = sorted(name for name in streams if weights.get(name, 0) > 0)
         if not self.names or any(len(streams[name]) == 0 for name in self.names):
             raise ValueError(f"Mixture: expected at least one stream, none empty, with a positive weight, got "
                              f"{ {name: len(ids) for name, ids in streams.items()} } and weights {weights}")
         if row_tokens < 2:
             raise ValueError(f"Mixture: expected row_tokens of at least 2, got {row_tokens}")
-        self.row_tokens, self.seed, self.eot_id, self.echo = row_tokens, seed, eot_id, echo
+        self.row_tokens, self.seed, self.eot_id = row_tokens, seed, eot_id
         self.sizes = {name: len(streams[name]) for name in self.names}
         # A stream shorter than a row is repeated until it fills one.
         self.streams = {name: np.resize(ids, row_tokens) if len(ids) < row_tokens else np.asarray(ids)
@@ -164,16 +140,10 @@ class Mixture:
             raise ValueError(f"Mixture.batch: expected step ≥ 0 and rows ≥ 1, got {step} and {rows}")
         first = step * rows
         self._grow(first + rows)
-        made, breaks = [], [np.arange(0, rows * self.row_tokens + 1, self.row_tokens)]
-        for n in range(first, first + rows):
-            row = self._row(self.names[self._choice[n]], self._ordinal[n])
-            if self.echo[0] <= n < self.echo[1]:
-                row, starts = echoed(row, np.random.default_rng([self.seed, n, 1]))
-                breaks.append(starts + len(made) * self.row_tokens)
-            made.append(row)
-        tokens = np.concatenate(made)
+        tokens = np.concatenate([self._row(self.names[self._choice[n]], self._ordinal[n])
+                                 for n in range(first, first + rows)])
         end = tokens == self.eot_id
-        breaks = np.unique(np.concatenate([*breaks, np.flatnonzero(end[1:] & end[:-1]) + 1]))
+        breaks = np.union1d(np.flatnonzero(end[1:] & end[:-1]) + 1, np.arange(0, len(tokens) + 1, self.row_tokens))
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(breaks.astype(np.int32))
 
     def epochs(self, step, rows):
