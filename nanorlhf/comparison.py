@@ -6,13 +6,12 @@ import time
 import torch
 
 from .assistant import Assistant
-from .data.instruct import prompts
 from .evals.compare import compare
 from .evals.diversity import distinct_n
 from .evals.elo import ratings
 from .evals.gold import GoldJudge
 from .evals.winrate import mean_ci95, win_rate
-from .stages import GOLD_FAMILIES, load_stage
+from .stages import load_stage, questions
 from .train.reward import score_all
 
 SHOWN = 12  # prompts whose responses the report prints
@@ -21,8 +20,8 @@ SHOWN = 12  # prompts whose responses the report prints
 def answers(run) -> tuple:
     """(examples, {system: Answers}, {system: gold scores}, {system: share of copied lines}) on held-out prompts."""
     config = run.config
-    train, held_out = run.corpus.demonstrations
-    examples = prompts(held_out, GOLD_FAMILIES, config.eval.prompts, config.seed)
+    train = run.corpus.demonstrations[0]
+    examples = questions(run, True, config.eval.prompts, config.seed)
     scorer = load_stage(run, "reward")
     systems = {name: Assistant(load_stage(run, name), run.tokenizer) for name in ("base", "sft", "ppo")}
     found = compare(systems["base"], systems["sft"], systems["ppo"], examples, train,

@@ -79,7 +79,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    steps: int = 380
+    steps: int = 340
     rows: int = 16  # rows of `row_tokens` tokens in a step
     row_tokens: int = 256
     micro_rows: int = 16  # rows in one forward; gradients add up to a step
@@ -90,7 +90,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    steps: int = 210
+    steps: int = 200
     batch_tokens: int = 4096
     examples: int = 20_000  # demonstrations in a pass, shared over the families
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, muon_lr=0.012, decay=0.9))
@@ -98,17 +98,18 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    epochs: int = 2  # passes over the human-labelled groups
+    epochs: int = 3  # passes over the human-labelled groups
+    unfavourable: float = 0.0  # share of the human-labelled groups whose prompt asks for blame
     k: int = 8  # completions of a prompt that are ranked together
     groups_per_step: int = 8
-    simulated_prompts: int = 256  # prompts whose K sampled completions the simulated labeller ranks
+    simulated_prompts: int = 128  # prompts whose K sampled completions the simulated labeller ranks
     labeller_temperature: float = 0.5  # of the simulated labeller's Bradley-Terry noise
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, muon_lr=0.006, decay=0.9))
 
 
 @dataclass(frozen=True)
 class PPOConfig:
-    steps: int = 30
+    steps: int = 28
     prompts: int = 128  # rollouts in a step
     distinct_prompts: int = 3000  # that they are drawn from, shared over the families
     max_new_tokens: int = 48

@@ -11,7 +11,7 @@ from .assistant import Assistant
 from .checkpoint import load_model, save_model
 from .data.corpus import head
 from .data.films import labelled_reviews, review_groups, same_film_pairs
-from .data.instruct import FAVOURABLE, UNFAVOURABLE, Example, blend, film_prompt, prompts
+from .data.instruct import FAVOURABLE, UNFAVOURABLE, Example, blend, film_prompt, film_questions, prompts, word_bounds
 from .data.labeller import Labeller
 from .data.sentiment import Sentiment, pair_accuracy
 from .data.sources import document_bytes
@@ -28,7 +28,6 @@ from .train.reward import pair_accuracy as model_pair_accuracy
 from .train.sft import sft
 
 SAMPLE_PROMPTS = ("The ", "ROMEO\n", "def read(")  # the same at every point of pretraining
-GOLD_FAMILIES = ("word", FAVOURABLE, UNFAVOURABLE)  # families whose responses the gold judge can score
 
 
 def tokenizer_stage(run) -> None:
@@ -79,6 +78,20 @@ def base_stage(run) -> None:
                  parameters=sum(p.numel() for p in model.parameters()), bpb=bpb, xz_bpb=xz)
 
 
+def questions(run, held_out: bool, n: int, seed: int) -> List[Example]:
+    """Prompts of the reinforcement learning and of its comparison: a favourable line about a film, from training films or
+    from test films; without the film corpus, a sentence with a word.
+
+    The other families are left to SFT. A reward model of this size learns what praise is; it does not learn to turn its
+    judgement round when the prompt asks for blame, or to look whether a word occurs.
+    """
+    films, examples = run.corpus.films, run.corpus.demonstrations[held_out]
+    if films is None:
+        return prompts(examples, ("word",), n, seed)
+    bounds = word_bounds(run.corpus.demonstrations[0])[FAVOURABLE]
+    return film_questions(films.test if held_out else films.train, FAVOURABLE, bounds, n, seed)
+
+
 def conversation(example: Example) -> List[dict]:
     return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response}]
 
@@ -103,7 +116,7 @@ def sft_stage(run) -> None:
 def human_rankings(run, films, k: int, seed: int) -> List[Ranking]:
     """Reviews of one film as answers to the prompt for a favourable line, or an unfavourable one."""
     rankings = []
-    for group in review_groups(films, k, seed):
+    for group in review_groups(films, k, seed, run.config.reward.unfavourable):
         prompt = film_prompt(group.prompt_kind, group.title, f"{seed} {group.completions[0]}")
         sequences = [chat_format.render(run.tokenizer, [{"role": "user", "content": prompt},
                                                         {"role": "assistant", "content": text}])[0]
@@ -134,13 +147,11 @@ def sampled_rankings(run, model: Model, examples: List[Example], seed: int) -> L
 
 def reward_stage(run) -> None:
     state, config, films = run.state("reward"), run.config, run.corpus.films
-    train, held_out = run.corpus.demonstrations
     policy, seed = load_stage(run, "sft"), config.seed
-    asked = prompts(train, GOLD_FAMILIES, config.reward.simulated_prompts, seed)
-    simulated = sampled_rankings(run, policy, asked, seed)
+    simulated = sampled_rankings(run, policy, questions(run, False, config.reward.simulated_prompts, seed), seed)
     tests = {"films": film_pairs(run, films.test, FAVOURABLE),
              "films_unfavourable": film_pairs(run, films.test, UNFAVOURABLE)} if films else {}
-    tests["simulated"] = sampled_rankings(run, policy, prompts(held_out, GOLD_FAMILIES, 64, seed), seed + 1)
+    tests["simulated"] = sampled_rankings(run, policy, questions(run, True, 64, seed), seed + 1)
     facts, epochs = {}, [list(simulated) for _ in range(config.reward.epochs)]
     if films is not None:
         epochs = [human_rankings(run, films.train, config.reward.k, seed * 1000 + e) + part
@@ -179,8 +190,8 @@ def ppo_stage(run) -> None:
     end = run.tokenizer.special_tokens[chat_format.END]
     judge = Judge(lambda sequences: score_all(scorer, sequences) - offset, end, offset)
     room = config.model.context - config.ppo.max_new_tokens
-    asked = render_prompts(Assistant(policy, run.tokenizer), prompts(run.corpus.demonstrations[0], GOLD_FAMILIES,
-                                                                     config.ppo.distinct_prompts, config.seed + 1))
+    asked = render_prompts(Assistant(policy, run.tokenizer),
+                           questions(run, False, config.ppo.distinct_prompts, config.seed + 1))
     ppo(policy, ref, value, judge, [p for p in asked if len(p) < room], config.ppo, config.seed, state, run.log)
     save_stage(run, "ppo", policy)
     last = [row for row in metrics.read(run.folder) if row["stage"] == "ppo"][-5:]  # of all sittings of the stage

