@@ -2,7 +2,7 @@
 
 Beside the keys that `validate` asks for, the page shows, where report.json has them: preset, seed, xz_bpb.{source},
 samples.stages = [{family, prompt, responses: {model: text}, gold: {model: score}}], length.{model} (tokens),
-diversity.{model}.distinct_2, reward.linear_pair_accuracy, ppo.gold_curve = [{kl, gold}], data[].slot,
+diversity.{model}.distinct_2, copied.{model}, reward.linear_pair_accuracy, ppo.gold_curve = [{kl, gold}], data[].slot,
 data[].documents, data[].epochs (how often pretraining read it), gold_by_family.{family}.{model}, and
 left_out = [reason].
 """

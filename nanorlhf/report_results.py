@@ -74,10 +74,11 @@ def _summary(report: dict, gold: Mapping, rates: Mapping) -> str:
             _name(model), number(at(gold, f"{model}.mean")), interval(at(gold, model)),
             number(at(report, f"elo.{model}.rating")), interval(at(report, f"elo.{model}")),
             number(at(report, f"length.{model}")), number(at(report, f"diversity.{model}.distinct_2")),
+            percent(at(report, f"copied.{model}")),
         ]
         for model in models
     ]  # fmt: skip
-    head = ["model", "gold", "95 %", "Elo", "95 %", "tokens a response", "distinct bigrams"]
+    head = ["model", "gold", "95 %", "Elo", "95 %", "tokens a response", "distinct bigrams", "copied from a demonstration"]
     parts = [html_table("Each model in numbers", head, body)] if body else []
     body = [
         [_duel(key), percent(at(row, "mean")), interval(row, percent), number(at(row, "n"))]

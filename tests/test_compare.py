@@ -11,7 +11,8 @@ from nanorlhf.data.instruct import Example, few_shot
 from nanorlhf.engine import Completion
 from nanorlhf.engine.generate import ragged
 from nanorlhf.evals import compare as room
-from nanorlhf.evals.compare import best_of_n, chat_answers, compare, complete_lines, mean_entropy, render_prompts
+from nanorlhf.evals.compare import (best_of_n, chat_answers, compare, complete_lines, fitting_document, mean_entropy,
+                                    render_prompts)
 from tiny import byte_tokenizer, model
 
 TOK = byte_tokenizer()
@@ -102,6 +103,16 @@ def test_best_of_n_takes_the_highest_score_among_the_answers_that_ended_themselv
     assert answers.texts == ["aa", "d"] and answers.tokens == [3, 1] and asked[0]["n"] == 3
     prompts = asked[0]["prompts"]
     assert scored == [prompts[i // 3] + c.ids for i, c in enumerate(drawn)]  # with the end-of-turn token
+
+
+def test_the_prompted_base_sees_as_many_whole_examples_as_fit():
+    """One token a byte: two examples make the longer document, one the shorter; with room for neither the prompt is
+    alone."""
+    a = assistant()
+    two, one, none = (few_shot(EXAMPLES[0], TRAIN, k, 7) for k in (2, 1, 0))
+    assert fitting_document(a, EXAMPLES[0], TRAIN, 2, 7, len(two.encode())) == two
+    assert fitting_document(a, EXAMPLES[0], TRAIN, 2, 7, len(two.encode()) - 1) == one
+    assert fitting_document(a, EXAMPLES[0], TRAIN, 2, 7, len(one.encode()) - 1) == none
 
 
 def test_every_system_answers_every_prompt_and_the_prompted_base_sees_examples():

@@ -23,7 +23,7 @@ def answered(opened):
 
 
 def test_all_systems_answer_the_same_held_out_prompts(tiny_run, opened, answered):
-    examples, found, scores = answered
+    examples, found, scores, _ = answered
     assert list(found) == list(scores) == SYSTEMS
     assert len(examples) == len({e.prompt for e in examples}) == tiny_run.config.eval.prompts
     assert not {e.response for e in examples} & {e.response for e in opened.corpus.demonstrations[0]}
@@ -33,7 +33,7 @@ def test_all_systems_answer_the_same_held_out_prompts(tiny_run, opened, answered
 
 def test_the_report_holds_the_means_of_the_answers(tiny_run, answered):
     """The run's own comparison and this one are the same: everything is drawn from the seed."""
-    examples, found, scores = answered
+    examples, found, scores, _ = answered
     for name in SYSTEMS:
         assert tiny_run.report["gold"][name]["mean"] == pytest.approx(np.mean(scores[name]))
         low, high = tiny_run.report["gold"][name]["ci95"]
@@ -45,7 +45,7 @@ def test_the_report_holds_the_means_of_the_answers(tiny_run, answered):
 
 
 def test_a_familys_figures_are_those_of_its_prompts(tiny_run, answered):
-    examples, _, scores = answered
+    examples, _, scores, _ = answered
     by_family = tiny_run.report["gold_by_family"]
     assert set(by_family) == {e.family for e in examples}
     for family, figures in by_family.items():
@@ -54,7 +54,7 @@ def test_a_familys_figures_are_those_of_its_prompts(tiny_run, answered):
 
 
 def test_some_prompts_are_shown_with_every_systems_answer(tiny_run, answered):
-    examples, found, scores = answered
+    examples, found, scores, _ = answered
     shown = tiny_run.report["samples"]["stages"]
     assert len(shown) == min(SHOWN, len(examples))
     for i, sample in enumerate(shown):

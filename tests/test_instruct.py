@@ -5,7 +5,8 @@ import re
 import pytest
 
 from nanorlhf.data.films import Film, split_films
-from nanorlhf.data.instruct import (FAMILIES, Example, few_shot, instruct_pairs, prompts, usable_sentence, word_bounds)
+from nanorlhf.data.instruct import (FAMILIES, FAMILY_SHARES, Example, blend, film_prompt, film_questions, instruct_pairs, prompts,
+                                    usable_sentence, word_bounds)
 from nanorlhf.data.mixture import split_held_out
 from nanorlhf.data.rules import has_word
 from nanorlhf.data.sources import load_sources, make_source, wiki_document
@@ -47,8 +48,37 @@ def test_held_out_examples_come_from_what_pretraining_holds_out_and_from_test_fi
 
 def test_the_word_asked_for_is_in_the_response_and_frequent():
     asked = [e for e in TRAIN + HELD if e.family == "word"]
-    assert all(has_word(e.response, e.meta["word"]) and f"“{e.meta['word']}”" in e.prompt for e in asked)
-    assert {e.meta["word"] for e in asked} >= set(PLACES) and not {e.meta["word"] for e in asked} & {"many", "every", "town"} - {"town"}
+    assert all(has_word(e.response, e.meta["word"]) and has_word(e.prompt, e.meta["word"]) for e in asked)
+    assert {e.meta["word"] for e in asked} >= set(PLACES) and not {e.meta["word"] for e in asked} & {"many", "every"}
+
+
+def test_no_word_is_asked_for_both_in_training_and_in_held_out_prompts():
+    sides = [{e.meta["word"] for e in part if e.family == "word"} for part in (TRAIN, HELD)]
+    assert all(sides) and not sides[0] & sides[1]
+    assert not {e.prompt for e in TRAIN if e.family == "word"} & {e.prompt for e in HELD}
+
+
+def test_a_sentence_to_repeat_stands_in_its_prompt():
+    asked = [e for e in TRAIN if e.family == "repeat"]
+    assert asked and all(e.prompt.endswith("\n" + e.response) for e in asked)
+
+
+def test_film_questions_are_distinct_and_ask_for_every_film_in_every_phrasing():
+    found = film_questions(FILMS.test, "favourable", (5, 25))
+    assert len({e.prompt for e in found}) == len(found) == 4 * len(FILMS.test)
+    assert {e.meta["title"] for e in found} == {f.title for f in FILMS.test} and found[0].meta["bounds"] == (5, 25)
+    assert film_questions(FILMS.test, "favourable", (5, 25), 3, seed=1) == film_questions(FILMS.test, "favourable", (5, 25), 3, seed=1)
+    assert film_prompt("favourable", "Heat", "a key") == film_prompt("favourable", "Heat", "a key")
+
+
+def test_a_blend_gives_each_family_its_share_however_small_the_family():
+    """Shares of 100 examples: 0.25 + 0.05 + 0.28 + 0.24 + 0.10 + 0.08 = 1, so the counts are the shares in per cent."""
+    count = {family: sum(e.family == family for e in blend(TRAIN, 100)) for family in FAMILY_SHARES}
+    assert count == {family: round(100 * share) for family, share in FAMILY_SHARES.items()}
+    only = [e for e in TRAIN if e.family == "docstring"][:2]
+    assert blend(only, 5) == [only[0], only[1], only[0], only[1], only[0]]
+    with pytest.raises(ValueError, match="blend: expected examples of"):
+        blend([], 5)
 
 
 def test_films_get_lines_of_the_asked_kind():
@@ -65,7 +95,7 @@ def test_a_docstring_is_the_first_sentence_for_its_signature():
 
 
 def test_phrasings_vary_within_a_family():
-    openings = {e.prompt.split("“")[0] for e in TRAIN if e.family == "word"}
+    openings = {e.prompt.split(e.meta["word"])[0] for e in TRAIN if e.family == "word"}
     assert len(openings) >= 3
 
 

@@ -182,7 +182,7 @@ def test_the_figures_of_the_run_are_on_the_page(page):
     for figure in [
         "12 min 34 s", "Preset cpu, Seed 0", "12,346 tokens a second", "80.1 %", "2 of 3", "1.25",
         "it fell from 2 to 1.5 nats a token (-25 %)", "from 2.4 to 1.7 bits per byte",
-        "PPO answers are 115.0 % as long", "SFT over Prompted base", "PPO over SFT", "Best of n", "naive Bayes",
+        "PPO answers are 115.0 % as long", "SFT over Prompted base", "PPO over SFT", "Best of n", "logistic regression",
         "Mean gold score by family", "plays: no network & no cache", "CC BY-SA 4.0", "n_layer", "[0.9, 0.95]",
         "initialisation", "step 80, 327,680 tokens", "film reviews", "2 more",
     ]:  # fmt: skip

@@ -144,7 +144,7 @@ def test_the_reward_stage_leaves_scores_that_are_normalised_on_the_sft_models_sa
     """The samples are drawn again; less their mean, which the stage wrote down, their scores have mean 0, deviation 1."""
     found, config = facts(tiny_run, "reward"), tiny_run.config
     scorer, policy = stages.load_stage(opened, "reward"), stages.load_stage(opened, "sft")
-    asked = stages.prompts(opened.corpus.demonstrations[0], stages.GOLD_FAMILIES, config.reward.simulated_prompts, config.seed)
+    asked = stages.questions(opened, False, config.reward.simulated_prompts, config.seed)
     simulated = stages.sampled_rankings(opened, policy, asked, config.seed)
     scores = score_all(scorer, [s for r in simulated for s in r.sequences]) - found["score_mean"]
     assert found["rankings"] == {"films": 0, "simulated": len(simulated)}

@@ -181,7 +181,8 @@ def _word_family(parts, split, rng):
     if split is not None and "films" in parts:
         held["films"] = _sentences_of("films", ["\n\n" + "\n\n".join(f.fresh + f.rotten) for f in split.test])
     vocabulary = _content_words([sentence for found in train.values() for sentence in found])
-    reserved = {word for word in vocabulary if stable_hash(word, "held out") % HELD_WORDS == 0}
+    ordered = sorted(vocabulary, key=lambda word: stable_hash(word, "held out"))
+    reserved = set(ordered[:-(-len(ordered) // HELD_WORDS)])
     return ([e for name, found in train.items() for e in _word_examples(name, found, vocabulary - reserved, rng)],
             [e for name, found in held.items() for e in _word_examples(name, found, reserved, rng)])
 
