@@ -169,8 +169,8 @@ class RunConfig:
                  f"got {self.eval.prompts}")
         _require(self.ppo.prompts >= self.ppo.minibatches,
                  f"ppo.prompts ({self.ppo.prompts}) cannot be cut into {self.ppo.minibatches} minibatches")
-        _require(self.model.vocab_size == self.tokenizer.vocab_size,
-                 f"model.vocab_size ({self.model.vocab_size}) and tokenizer.vocab_size ({self.tokenizer.vocab_size}) differ")
+        # The tokenizer decides; the resolved configuration names one number.
+        object.__setattr__(self, "model", replace(self.model, vocab_size=self.tokenizer.vocab_size))
         _require(self.pretrain.row_tokens <= self.model.context,
                  f"pretrain.row_tokens ({self.pretrain.row_tokens}) is longer than the model's context "
                  f"({self.model.context})")

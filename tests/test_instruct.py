@@ -5,8 +5,8 @@ import re
 import pytest
 
 from nanorlhf.data.films import Film, split_films
-from nanorlhf.data.instruct import (FAMILIES, FAMILY_SHARES, Example, blend, film_prompt, film_questions, instruct_pairs, prompts,
-                                    usable_sentence, word_bounds)
+from nanorlhf.data.instruct import (FAMILIES, FAMILY_SHARES, Example, blend, few_shot, film_prompt, film_questions, instruct_pairs,
+                                    prompts, usable_sentence, word_bounds)
 from nanorlhf.data.mixture import split_held_out
 from nanorlhf.data.rules import has_word
 from nanorlhf.data.sources import load_sources, make_source, wiki_document
@@ -106,7 +106,7 @@ def test_responses_are_one_line_of_at_most_thirty_words():
 def test_the_pairs_are_the_same_for_the_same_seed_and_families_need_their_source():
     assert instruct_pairs(made_up_sources(), FILMS, 0)[0] == TRAIN
     only = instruct_pairs(made_up_sources()[1:], None, 0)[0]
-    assert {e.family for e in only} <= {"docstring", "word"} and only
+    assert {e.family for e in only} <= {"docstring", "word", "repeat"} and only
 
 
 @pytest.mark.parametrize("sentence", ["too small a start of it.", "Four words are few.", "No mark at the end", "A b [c] d e f.",

@@ -17,8 +17,8 @@ from tiny import OPTIM, Killed, killed_at, model, random_sequences, same_weights
 
 GOOD, ASK, END = 7, 20, 21
 SLOW = replace(OPTIM, lr=0.003, muon_lr=0.003)
-CONFIG = PPOConfig(steps=4, prompts=16, max_new_tokens=8, epochs=2, minibatches=2, kl_coef=0.05, kl_target=6.0,
-                   kl_horizon=2000, missing_end_score=-1.0, optim=SLOW, value_optim=OPTIM)
+CONFIG = PPOConfig(steps=4, prompts=16, max_new_tokens=8, temperature=1.0, epochs=2, minibatches=2, kl_coef=0.05,
+                   kl_target=6.0, kl_horizon=2000, missing_end_score=-1.0, optim=SLOW, value_optim=OPTIM)
 PROMPTS = random_sequences(12, 6, seed=5)
 
 
