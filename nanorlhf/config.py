@@ -98,7 +98,7 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    epochs: int = 3  # passes over the human-labelled groups
+    epochs: int = 2  # passes over the human-labelled groups
     unfavourable: float = 0.0  # share of the human-labelled groups whose prompt asks for blame
     k: int = 8  # completions of a prompt that are ranked together
     groups_per_step: int = 8

@@ -148,7 +148,7 @@ def test_ctrl_c_is_exit_code_130_with_the_way_to_go_on(command, monkeypatch):
 
     monkeypatch.setattr(runs, "run", interrupted)
     code, _, err = command("run", "--preset", "tiny")
-    assert code == 130 and "nanorlhf run --resume --out" in err
+    assert code == 130 and "nanorlhf run --out runs/first --resume" in err
 
 
 def test_the_tokens_of_a_text_are_shown(tiny_run, command):

@@ -26,7 +26,7 @@ FILMS = [Film(f"Film {i}", "A plot.", tuple(f"Good line {i}{j}." for j in range(
 
 def made_run(tmp_path=None, k=3):
     """As much of a run as the rankings need."""
-    config = SimpleNamespace(reward=SimpleNamespace(k=k, labeller_temperature=0.0),
+    config = SimpleNamespace(reward=SimpleNamespace(k=k, labeller_temperature=0.0, unfavourable=0.5),
                              ppo=SimpleNamespace(max_new_tokens=8, temperature=1.0), dtype="float32")
     return SimpleNamespace(tokenizer=TOK, config=config, folder=tmp_path, device="cpu",
                            corpus=SimpleNamespace(films=None))
@@ -99,8 +99,9 @@ def test_human_rankings_put_the_label_that_was_asked_for_first():
 
 
 def test_a_test_film_is_all_of_its_good_lines_over_all_of_its_bad_ones():
-    rankings = stages.film_pairs(made_run(), [*FILMS, Film("Unloved", "", (), ("Bad.",))])
-    assert len(rankings) == 4
+    films = [*FILMS, Film("Unloved", "", (), ("Bad.",))]
+    rankings, turned = (stages.film_pairs(made_run(), films, kind) for kind in (FAVOURABLE, UNFAVOURABLE))
+    assert len(rankings) == len(turned) == 4 and all(r.ranks == [1, 1, 1, 0, 0] for r in turned)
     for ranking in rankings:
         assert ranking.ranks == [0, 0, 0, 1, 1]
         assert [turns(ids)[1].split()[0] for ids in ranking.sequences] == ["Good"] * 3 + ["Bad"] * 2

@@ -271,7 +271,7 @@ def instruct_pairs(sources, film_split=None, seed=0):
 
 
 def blend(examples, n, shares=None):
-    """n examples, each family's share of them as FAMILY_SHARES says (renormalised over the families there are); a family
+    """At most n examples (rounding may cost one or two), each family's share of them as FAMILY_SHARES says (renormalised over the families there are); a family
     that is too small for its share comes round again. In the examples' order, family by family interleaved evenly.
     """
     shares = FAMILY_SHARES if shares is None else shares
@@ -284,7 +284,7 @@ def blend(examples, n, shares=None):
     for family, pile in piles.items():
         count = max(1, round(n * shares[family] / total))
         chosen += [((i + 0.5) / count, family, pile[i % len(pile)]) for i in range(count)]
-    return [example for _, _, example in sorted(chosen, key=lambda item: item[:2])]
+    return [example for _, _, example in sorted(chosen, key=lambda item: item[:2])][:n]
 
 
 def prompts(examples, families=None, n=None, seed=0):
