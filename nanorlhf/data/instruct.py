@@ -271,8 +271,9 @@ def instruct_pairs(sources, film_split=None, seed=0):
 
 
 def blend(examples, n, shares=None):
-    """At most n examples (rounding may cost one or two), each family's share of them as FAMILY_SHARES says (renormalised over the families there are); a family
-    that is too small for its share comes round again. In the examples' order, family by family interleaved evenly.
+    """At most n examples (rounding may cost one or two), each family's share of them as FAMILY_SHARES says, renormalised
+    over the families that are there. A family that is too small for its share comes round again. The families are
+    interleaved evenly, each in the examples' order.
     """
     shares = FAMILY_SHARES if shares is None else shares
     piles = {family: [e for e in examples if e.family == family] for family in shares}
