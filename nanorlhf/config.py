@@ -120,9 +120,9 @@ class PPOConfig:
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
-    kl_coef: float = 0.05  # beta at the start
+    kl_coef: float = 0.1  # beta at the start
     kl_target: float = 6.0  # nats per response
-    kl_horizon: int = 2000  # episodes; the adaptive controller's
+    kl_horizon: int = 600  # episodes; the adaptive controller's
     missing_end_score: float = -1.0  # replaces the reward model's score when a response has no end of turn
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, muon_lr=0.0015, decay=0.3, final=0.3))
     value_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, muon_lr=0.003, decay=0.3, final=0.3))
