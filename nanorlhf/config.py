@@ -120,7 +120,7 @@ class PPOConfig:
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
-    kl_coef: float = 0.1  # beta at the start
+    kl_coef: float = 0.2  # beta at the start
     kl_target: float = 6.0  # nats per response
     kl_horizon: int = 600  # episodes; the adaptive controller's
     missing_end_score: float = -1.0  # replaces the reward model's score when a response has no end of turn
