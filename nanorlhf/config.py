@@ -90,7 +90,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    steps: int = 200
+    steps: int = 300
     batch_tokens: int = 4096
     examples: int = 20_000  # demonstrations in a pass, shared over the families
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, muon_lr=0.012, decay=0.9))
@@ -121,6 +121,7 @@ class PPOConfig:
     gamma: float = 1.0
     lam: float = 0.95
     kl_coef: float = 0.2  # beta at the start
+    kl_centred: bool = True  # whether the penalty of a token is counted from the batch's mean, and so is neutral to length
     kl_target: float = 6.0  # nats per response
     kl_horizon: int = 600  # episodes; the adaptive controller's
     missing_end_score: float = -1.0  # replaces the reward model's score when a response has no end of turn

@@ -53,12 +53,21 @@ def test_the_score_lands_on_the_last_action_and_the_kl_on_every_one():
     """Two episodes of 3 and 1 actions, β = 0.5. Log-ratios 1, −1, 0 | 2: penalties −0.5, 0.5, 0 | −1; scores 10 and 20
     are added to the third action and to the only one."""
     rollout = made_rollout([-1.0, -3.0, -2.0, -1.0], [-2.0, -2.0, -2.0, -3.0], [10.0, 20.0], [0, 3, 4])
-    assert token_rewards(rollout, 0.5).tolist() == [-0.5, 0.5, 10.0, 19.0]
+    assert token_rewards(rollout, 0.5, centred=False).tolist() == [-0.5, 0.5, 10.0, 19.0]
+
+
+def test_a_centred_penalty_charges_nothing_for_length():
+    """The same, less the mean log-ratio 0.5: penalties −0.25, 0.75, 0.25 | −0.75. Where all log-ratios are equal, so that
+    length is all that tells two episodes apart, nothing is left."""
+    rollout = made_rollout([-1.0, -3.0, -2.0, -1.0], [-2.0, -2.0, -2.0, -3.0], [10.0, 20.0], [0, 3, 4])
+    assert token_rewards(rollout, 0.5, centred=True).tolist() == [-0.25, 0.75, 10.25, 19.25]
+    even = made_rollout([-1.0] * 4, [-2.0] * 4, [3.0, 3.0], [0, 3, 4])
+    assert token_rewards(even, 0.5, centred=True).tolist() == [0.0, 0.0, 3.0, 3.0]
 
 
 def test_an_episodes_rewards_sum_to_its_score_less_beta_times_its_kl():
     rollout, _ = rollout_of()
-    total = sum_by_sequence(token_rewards(rollout, 0.3), rollout.cu_actions)
+    total = sum_by_sequence(token_rewards(rollout, 0.3, centred=False), rollout.cu_actions)
     kl = sum_by_sequence(rollout.logprobs - rollout.ref_logprobs, rollout.cu_actions)
     assert kl.abs().max() > 0.1
     torch.testing.assert_close(total, rollout.scores - 0.3 * kl, atol=1e-4, rtol=1e-4)

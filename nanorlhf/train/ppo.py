@@ -66,9 +66,13 @@ def roll_out(policy: Model, ref: Model, value: Model, judge: Judge, prompts: Lis
         float(entropy.mean()), float((sampled - logprobs).abs().max()))
 
 
-def token_rewards(rollout: Rollout, beta: float) -> Tensor:
-    """(M,): −β·(log π − log π_ref) at every action, and the score at the last one of each episode."""
-    rewards = -beta * (rollout.logprobs - rollout.ref_logprobs)
+def token_rewards(rollout: Rollout, beta: float, centred: bool) -> Tensor:
+    """(M,): −β·k with k = log π − log π_ref at every action, and the score at the last one of each episode (Ziegler et al.
+    2019 §2.2). With ``centred``, k less its mean over the batch's actions: otherwise the penalty charges every token for
+    being there, and the policy learns to end its answers early, whatever the reward model thinks of them.
+    """
+    kl = rollout.logprobs - rollout.ref_logprobs
+    rewards = -beta * (kl - kl.mean() if centred else kl)
     last = rollout.cu_actions[1:].long() - 1
     return rewards.index_add(0, last, rollout.scores)
 
@@ -91,7 +95,8 @@ def episodes(rollout: Rollout, chosen: np.ndarray) -> tuple[Tensor, Tensor, Tens
 def update(policy: Model, value: Model, optimizers: tuple[Optimizer, Optimizer], rollout: Rollout, beta: float,
            offset: float, config: PPOConfig, seed: int, step: int) -> dict:
     """The PPO epochs on one rollout. Returns the means of what they measured."""
-    advantages, returns = gae(token_rewards(rollout, beta), rollout.values, rollout.cu_actions, config.gamma, config.lam)
+    rewards = token_rewards(rollout, beta, config.kl_centred)
+    advantages, returns = gae(rewards, rollout.values, rollout.cu_actions, config.gamma, config.lam)
     advantages = whiten(advantages)
     rows = []
     for epoch in range(config.epochs):
