@@ -102,6 +102,18 @@ def open_run(config: RunConfig, resume: bool = False, notify: Callable[[dict], N
     return Run(config, notify)
 
 
+def pin_text(run: Run) -> None:
+    """Note in ``run.json`` which text the run reads. Errors: ValueError when it went on with other text than it began with."""
+    path = run.folder / "run.json"
+    held = json.loads(path.read_text())
+    now = {source.name: source.sha256 for source in run.corpus.sources.values()}
+    before = held.setdefault("sources", now)
+    if before != now:
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        raise ValueError(f"{run.config.out} began with other text: {', '.join(changed)} came, went or changed since")
+    write_json(path, held)
+
+
 def from_dict(cls: type, values: dict):
     """The frozen dataclass that ``to_dict`` wrote, lists back to tuples."""
     hints, made = get_type_hints(cls), {}
@@ -129,7 +141,7 @@ def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] 
     """Every stage that is not complete, then the comparison and the report. Returns the report."""
     current = open_run(config, resume, notify)
     try:
-        current.corpus  # read before the first stage's clock starts
+        pin_text(current)  # which reads it all, before the first stage's clock starts
         for name, stage in stages.STAGES.items():
             if not current.done(name):
                 current.notify({"stage": name, "begin": True})

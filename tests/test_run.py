@@ -184,3 +184,17 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path):
 def test_the_machine_is_described():
     found = machine()
     assert found["threads"] >= 1 and found["versions"]["torch"] and "cpu" in found and "gpu" in found
+
+
+def test_a_run_does_not_go_on_with_other_text(tiny_run, tmp_path):
+    """The text is the configuration's and the machine's; what the machine has may change between two sittings."""
+    config = copied(tiny_run, tmp_path / "run", without=("ppo",))
+    path = tmp_path / "run" / "run.json"
+    held = json.loads(path.read_text())
+    assert set(held["sources"]) == {"stdlib", "docstrings", "topics"}
+    held["sources"]["stdlib"] = "another"
+    del held["sources"]["topics"]
+    path.write_text(json.dumps(held))
+    with pytest.raises(ValueError, match="began with other text: stdlib, topics came, went or changed since"):
+        run(config, resume=True)
+    assert json.loads(path.read_text()) == held  # and nothing was lost

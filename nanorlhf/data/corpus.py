@@ -6,7 +6,6 @@ import numpy as np
 
 from ..config import RunConfig
 from ..tokenizer import Tokenizer
-from .archive import Unavailable
 from .films import load_films, split_films
 from .instruct import instruct_pairs
 from .mixture import Mixture, default_weights, pack, split_held_out
@@ -40,13 +39,10 @@ class Corpus:
 
     @cached_property
     def films(self):
-        """The split of the film corpus, or None when the corpus cannot be had."""
+        """The split of the film corpus, or None when the corpus is not among the sources."""
         if "films" not in self.sources:
             return None
-        try:
-            return split_films(load_films(self.config.data.offline), self.config.seed)
-        except Unavailable:
-            return None
+        return split_films(load_films(self.config.data.offline), self.config.seed)
 
     @cached_property
     def demonstrations(self):
