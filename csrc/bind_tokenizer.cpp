@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 
@@ -31,90 +32,220 @@ std::vector<std::string_view> views(const py::list& list) {
     return out;
 }
 
-py::list int_list(const std::vector<uint32_t>& ids) {
-    py::list list(ids.size());
-    for (size_t i = 0; i < ids.size(); i++) {
-        PyObject* value = PyLong_FromUnsignedLong(ids[i]);
-        if (!value) throw py::error_already_set();
-        PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), value);
+// The bytes of a str or of bytes, without a copy where that can be. Surrogate pairs in a str are joined and lone
+// surrogates become U+FFFD, as tiktoken does.
+class TextView {
+public:
+    explicit TextView(py::handle object) {
+        if (PyBytes_Check(object.ptr())) {
+            text_ = {PyBytes_AS_STRING(object.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(object.ptr()))};
+            return;
+        }
+        if (!PyUnicode_Check(object.ptr()))
+            throw py::value_error("Tokenizer: expected str or bytes, got " + std::string(Py_TYPE(object.ptr())->tp_name));
+        if (read(object)) return;
+        PyErr_Clear();
+        py::object wide = take(PyUnicode_AsEncodedString(object.ptr(), "utf-16-le", "surrogatepass"));
+        repaired_ = take(PyUnicode_Decode(PyBytes_AS_STRING(wide.ptr()), PyBytes_GET_SIZE(wide.ptr()), "utf-16-le", "replace"));
+        if (!read(repaired_)) throw py::error_already_set();
     }
-    return list;
+    std::string_view get() const { return text_; }
+    bool repaired() const { return static_cast<bool>(repaired_); }
+
+private:
+    std::string_view text_;
+    py::object repaired_;
+
+    bool read(py::handle text) {
+        Py_ssize_t size;
+        const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+        if (data) text_ = {data, static_cast<size_t>(size)};
+        return data != nullptr;
+    }
+    static py::object take(PyObject* made) {
+        if (!made) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(made);
+    }
+};
+
+// The texts of any iterable of str and bytes; `keep` holds what the views need.
+std::vector<std::string_view> text_views(const py::iterable& texts, std::vector<py::object>& keep) {
+    std::vector<std::string_view> out;
+    const bool lasting = PyList_Check(texts.ptr()) || PyTuple_Check(texts.ptr());  // these keep their items themselves
+    for (py::handle item : texts) {
+        TextView text(item);
+        out.push_back(text.get());
+        if (text.repaired()) keep.push_back(py::bytes(text.get().data(), text.get().size()));
+        else if (!lasting) keep.push_back(py::reinterpret_borrow<py::object>(item));
+        if (text.repaired()) out.back() = view(keep.back());
+    }
+    return out;
 }
 
-std::unique_ptr<bpe::Model> make_model(const py::list& tokens, const std::vector<uint32_t>& specials,
-                                       const std::vector<std::pair<uint32_t, uint32_t>>& merges,
-                                       const std::vector<uint32_t>& results, bool by_bytes, bool whole_piece_first) {
-    std::vector<std::string> bytes;
-    for (std::string_view t : views(tokens)) bytes.emplace_back(t);
-    std::vector<bpe::Kind> kinds;
-    for (const std::string& b : bytes) kinds.push_back(b.empty() ? bpe::Kind::absent : bpe::Kind::ordinary);
-    for (uint32_t id : specials) kinds.at(id) = bpe::Kind::special;
-    std::vector<bpe::Merge> ranked;
-    for (uint32_t i = 0; i < merges.size(); i++) ranked.push_back({merges[i].first, merges[i].second, results[i], i});
-    if (by_bytes) ranked = bpe::Model::all_splits(bytes, kinds);
-    return std::make_unique<bpe::Model>(std::move(bytes), std::move(kinds), ranked, whole_piece_first);
-}
+constexpr size_t kShortText = 4096;  // bytes that take less time than handing over the interpreter's lock
 
-py::list encode(const bpe::Model& model, const std::string& pattern, const py::bytes& text, const py::list& specials) {
-    std::string_view bytes = view(text);
-    std::vector<bpe::Special> allowed;
-    for (py::handle item : specials) {
-        auto pair = py::cast<py::tuple>(item);
-        allowed.push_back({view(pair[0]), py::cast<uint32_t>(pair[1])});
+// A vocabulary with its split rule. Lists of ids share one int object a token.
+class Codec {
+public:
+    Codec(const py::list& tokens, const std::vector<uint32_t>& specials,
+          const std::vector<std::pair<uint32_t, uint32_t>>& merges, const std::vector<uint32_t>& results, bool by_bytes,
+          bool whole_piece_first, const std::string& pattern)
+        : pattern_(pattern.empty() ? Pattern::gpt2 : pretokenize::pattern_of(pattern.c_str())) {
+        const std::vector<std::string_view> bytes = views(tokens);
+        std::vector<bpe::Kind> kinds;
+        for (std::string_view b : bytes) kinds.push_back(b.empty() ? bpe::Kind::absent : bpe::Kind::ordinary);
+        for (uint32_t id : specials) kinds.at(id) = bpe::Kind::special;
+        std::vector<bpe::Merge> ranked;
+        for (size_t i = 0; i < merges.size(); i++) ranked.push_back({merges[i].first, merges[i].second, results[i]});
+        model_ = std::make_unique<bpe::Model>(bytes, std::move(kinds), ranked, by_bytes, whole_piece_first);
     }
-    std::vector<uint32_t> ids;
-    {
-        py::gil_scoped_release release;
-        model.encode(pretokenize::pattern_of(pattern.c_str()), bytes, allowed, ids);
+    Codec(const Codec&) = delete;
+    ~Codec() {
+        for (PyObject* value : ints_) Py_XDECREF(value);
     }
-    return int_list(ids);
-}
 
-py::list encode_pieces(const bpe::Model& model, const py::list& pieces) {
-    auto all = views(pieces);
-    std::vector<uint32_t> ids;
-    {
-        py::gil_scoped_release release;
-        for (std::string_view p : all) model.encode_piece(reinterpret_cast<const uint8_t*>(p.data()), p.size(), ids);
+    py::list encode(py::handle text, const py::list& specials) {
+        const TextView bytes(text);
+        std::vector<bpe::Special> allowed;
+        for (py::handle item : specials) {
+            auto pair = py::cast<py::tuple>(item);
+            allowed.push_back({view(pair[0]), py::cast<uint32_t>(pair[1])});
+        }
+        bpe::Model::Lease cache(*model_);
+        bpe::Ids& ids = cache->scratch;
+        ids.clear();
+        if (bytes.get().size() <= kShortText) {
+            model_->encode(pattern_, bytes.get(), allowed, *cache, ids);
+        } else {
+            py::gil_scoped_release release;
+            model_->encode(pattern_, bytes.get(), allowed, *cache, ids);
+        }
+        return int_list(ids.data(), ids.size());
     }
-    return int_list(ids);
-}
 
-py::tuple encode_batch(const bpe::Model& model, const std::string& pattern, const py::list& texts, int threads) {
-    auto all = views(texts);
-    bpe::Model::Batch batch;
-    {
-        py::gil_scoped_release release;
-        batch = model.encode_batch(pretokenize::pattern_of(pattern.c_str()), all, threads);
+    py::list encode_pieces(const py::list& pieces) {
+        auto all = views(pieces);
+        bpe::Ids ids;
+        {
+            py::gil_scoped_release release;
+            for (std::string_view p : all) model_->encode_piece(reinterpret_cast<const uint8_t*>(p.data()), p.size(), ids);
+        }
+        return int_list(ids.data(), ids.size());
     }
-    py::array_t<int32_t> ids(batch.offsets.back());
-    int32_t* to = ids.mutable_data();
-    {
-        py::gil_scoped_release release;
-        for (const auto& part : batch.parts) to = std::copy(part.begin(), part.end(), to);
-    }
-    py::array_t<int64_t> offsets(static_cast<py::ssize_t>(batch.offsets.size()), batch.offsets.data());
-    return py::make_tuple(ids, offsets);
-}
 
-py::bytes decode(const bpe::Model& model, const py::array_t<int64_t, py::array::c_style>& ids) {
-    std::string text;
-    try {
-        py::gil_scoped_release release;
-        text = model.decode(ids.data(), static_cast<size_t>(ids.size()));
-    } catch (const std::out_of_range& error) {
-        throw py::key_error(error.what());
+    py::tuple encode_batch(const py::iterable& texts, int threads) {
+        std::vector<int64_t> offsets;
+        bpe::Ids ids = batch(texts, threads, offsets);
+        const auto size = static_cast<py::ssize_t>(ids.size());
+        auto* data = reinterpret_cast<int32_t*>(ids.release());
+        py::capsule owner(data, [](void* memory) { std::free(memory); });
+        return py::make_tuple(py::array_t<int32_t>(size, data, owner),
+                              py::array_t<int64_t>(static_cast<py::ssize_t>(offsets.size()), offsets.data()));
     }
-    return py::bytes(text);
-}
+
+    py::list encode_lists(const py::iterable& texts, int threads) {
+        std::vector<int64_t> offsets;
+        bpe::Ids ids = batch(texts, threads, offsets);
+        py::list out(offsets.size() - 1);
+        for (size_t i = 0; i + 1 < offsets.size(); i++)
+            PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i),
+                            int_list(ids.data() + offsets[i], static_cast<size_t>(offsets[i + 1] - offsets[i])).release().ptr());
+        return out;
+    }
+
+    // ids: a list or tuple of int, or an array.
+    py::bytes decode_bytes(py::handle ids) const {
+        std::string text = decoded(ids);
+        return py::bytes(text);
+    }
+
+    py::str decode(py::handle ids) const {
+        std::string text = decoded(ids);
+        PyObject* made = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
+        if (!made) throw py::error_already_set();
+        return py::reinterpret_steal<py::str>(made);
+    }
+
+private:
+    Pattern pattern_;
+    std::unique_ptr<bpe::Model> model_;
+    std::vector<PyObject*> ints_;  // made when the first list is asked for
+
+    bpe::Ids batch(const py::iterable& texts, int threads, std::vector<int64_t>& offsets) {
+        std::vector<py::object> keep;
+        auto all = text_views(texts, keep);
+        py::gil_scoped_release release;
+        return model_->encode_batch(pattern_, all, threads, offsets);
+    }
+
+    py::list int_list(const uint32_t* ids, size_t n) {
+        if (ints_.empty()) {
+            ints_.reserve(model_->size());
+            for (size_t id = 0; id < model_->size(); id++) {
+                ints_.push_back(PyLong_FromSize_t(id));
+                if (!ints_.back()) throw py::error_already_set();
+            }
+        }
+        PyObject* list = PyList_New(static_cast<Py_ssize_t>(n));
+        if (!list) throw py::error_already_set();
+        PyObject** to = reinterpret_cast<PyListObject*>(list)->ob_item;
+        for (size_t i = 0; i < n; i++) {
+            PyObject* value = ints_[ids[i]];
+            Py_INCREF(value);
+            to[i] = value;
+        }
+        return py::reinterpret_steal<py::list>(list);
+    }
+
+    template <class Id>
+    std::string decoded_ids(const Id* ids, size_t n) const {
+        std::string text;
+        try {
+            if (n <= kShortText) {
+                model_->decode(ids, n, text);
+            } else {
+                py::gil_scoped_release release;
+                model_->decode(ids, n, text);
+            }
+        } catch (const std::out_of_range& error) {
+            throw py::key_error(error.what());
+        }
+        return text;
+    }
+
+    std::string decoded(py::handle ids) const {
+        if (PyList_Check(ids.ptr()) || PyTuple_Check(ids.ptr())) {
+            const auto n = static_cast<size_t>(PySequence_Fast_GET_SIZE(ids.ptr()));
+            PyObject** items = PySequence_Fast_ITEMS(ids.ptr());
+            std::vector<int64_t> values(n);
+            for (size_t i = 0; i < n; i++) {
+                int overflow = 0;
+                if (!PyIndex_Check(items[i]))
+                    throw py::value_error("Tokenizer.decode: expected integer ids, got " +
+                                          std::string(Py_TYPE(items[i])->tp_name));
+                values[i] = PyLong_AsLongLongAndOverflow(items[i], &overflow);
+                if (overflow) values[i] = -1;
+                if (values[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+            }
+            return decoded_ids(values.data(), n);
+        }
+        auto array = py::array::ensure(ids);
+        if (!array || (array.size() && array.dtype().kind() != 'i' && array.dtype().kind() != 'u'))
+            throw py::value_error("Tokenizer.decode: expected integer ids, got " +
+                                  std::string(array ? py::str(array.dtype()) : py::str(Py_TYPE(ids.ptr())->tp_name)));
+        if (py::isinstance<py::array_t<int32_t, py::array::c_style>>(array))
+            return decoded_ids(static_cast<const int32_t*>(array.data()), static_cast<size_t>(array.size()));
+        auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
+        if (!wide) throw py::error_already_set();
+        return decoded_ids(wide.data(), static_cast<size_t>(wide.size()));
+    }
+};
 
 py::list pieces_of(const std::string& pattern, const py::bytes& text) {
     std::string_view bytes = view(text);
     py::list out;
     Pattern rule = pretokenize::pattern_of(pattern.c_str());
-    pretokenize::for_each_piece(
-        rule, reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(),
-        [&](const uint8_t* p, size_t n) { out.append(py::bytes(reinterpret_cast<const char*>(p), n)); });
+    pretokenize::for_each_piece(rule, bytes, [&](const uint8_t* p, size_t n) { out.append(py::bytes(reinterpret_cast<const char*>(p), n)); });
     return out;
 }
 
@@ -123,37 +254,43 @@ size_t safe_cut(const py::bytes& text, size_t from) {
     return pretokenize::safe_cut(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), from);
 }
 
-// The corpus as it is counted, then the merges.
+size_t last_safe_cut(const py::bytes& text) {
+    std::string_view bytes = view(text);
+    return pretokenize::last_safe_cut(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size());
+}
+
+// The corpus as it is counted, then the merges, some at a time so that the caller can show them, or stop.
 class Training {
 public:
-    explicit Training(int threads) : threads_(threads) {}
+    explicit Training(int threads) : counter_(threads) {}
 
     void add(const std::string& pattern, const py::list& texts) {
         auto all = views(texts);
         py::gil_scoped_release release;
-        counter_.add(pretokenize::pattern_of(pattern.c_str()), all, threads_);
-    }
-    void add_files(const std::string& pattern, const std::vector<std::string>& paths) {
-        py::gil_scoped_release release;
-        counter_.add_files(pretokenize::pattern_of(pattern.c_str()), paths, threads_);
+        counter_.add(pretokenize::pattern_of(pattern.c_str()), all);
     }
     void add_pieces(const py::list& pieces) {
         auto all = views(pieces);
         py::gil_scoped_release release;
         counter_.add_pieces(all);
     }
-    std::vector<std::pair<uint32_t, uint32_t>> merges(size_t n_merges, int tie_break) {
+    size_t finish(int tie_break) {
+        py::gil_scoped_release release;
+        bpe::PieceTable pieces = counter_.finish();
+        trainer_ = std::make_unique<bpe::Trainer>(pieces, static_cast<bpe::TieBreak>(tie_break));
+        return pieces.size();
+    }
+    std::vector<std::pair<uint32_t, uint32_t>> merges(size_t n) {
+        if (!trainer_) throw std::runtime_error("BpeTraining.merges: finish() comes first");
         py::gil_scoped_release release;
         std::vector<std::pair<uint32_t, uint32_t>> out;
-        for (bpe::TrainedPair p : bpe::train(counter_, n_merges, static_cast<bpe::TieBreak>(tie_break)))
-            out.emplace_back(p.left, p.right);
+        for (bpe::TrainedPair p : trainer_->next(n)) out.emplace_back(p.left, p.right);
         return out;
     }
-    size_t size() const { return counter_.size(); }
 
 private:
-    int threads_;
     bpe::PieceCounter counter_;
+    std::unique_ptr<bpe::Trainer> trainer_;
 };
 
 }  // namespace
@@ -163,19 +300,25 @@ void bind_tokenizer(py::module_& m) {
           py::arg("text"));
     m.def("safe_cut", &safe_cut, "Where UTF-8 text (bytes) may be cut, at or after a position; its size if nowhere.");
     m.def("code_point_class", &pretokenize::class_of, "The class bits of a code point; see unicode_tables.h.");
+    m.def("last_safe_cut", &last_safe_cut, "The last such place; 0 if there is none but the beginning.");
     py::class_<Training>(m, "BpeTraining", "Counts the pieces of a corpus, then finds the merges.")
         .def(py::init<int>(), py::arg("threads"))
         .def("add", &Training::add, "Count the pieces of a list of texts (bytes).")
-        .def("add_files", &Training::add_files, "Count the pieces of files.")
         .def("add_pieces", &Training::add_pieces, "Count pieces (bytes) that are split already.")
-        .def("merges", &Training::merges, "At most n_merges merges; tie_break is 0 for hf, 1 for raw, 2 for first.")
-        .def("__len__", &Training::size, "The number of distinct pieces.");
-    py::class_<bpe::Model>(m, "BpeModel", "Encodes and decodes with a fixed vocabulary.")
-        .def(py::init(&make_model), py::arg("tokens"), py::arg("specials"), py::arg("merges"), py::arg("results"),
-             py::arg("by_bytes"), py::arg("whole_piece_first"),
-             "tokens: bytes by id, empty where there is none. With by_bytes the merges come from the tokens.")
-        .def("encode", &encode, "Ids of one text (bytes); specials is a list of (bytes, id) to parse.")
-        .def("encode_pieces", &encode_pieces, "Ids of pieces (bytes) that are split already.")
-        .def("encode_batch", &encode_batch, "(ids int32, offsets int64) of a list of texts (bytes).")
-        .def("decode", &decode, "The bytes of ids (int64 array). KeyError for an unknown id.");
+        .def("finish", &Training::finish, "End the counting; tie_break is 0 for hf, 1 for raw, 2 for first. Returns the "
+             "number of distinct pieces.")
+        .def("merges", &Training::merges, "The next merges, at most n; fewer when there are no more.");
+    py::class_<Codec>(m, "BpeModel", "Encodes and decodes with a fixed vocabulary.")
+        .def(py::init<const py::list&, const std::vector<uint32_t>&, const std::vector<std::pair<uint32_t, uint32_t>>&,
+                      const std::vector<uint32_t>&, bool, bool, const std::string&>(),
+             py::arg("tokens"), py::arg("specials"), py::arg("merges"), py::arg("results"), py::arg("by_bytes"),
+             py::arg("whole_piece_first"), py::arg("pattern"),
+             "tokens: bytes by id, empty where there is none. With by_bytes the merges come from the tokens. pattern: a "
+             "name that pretokenize knows, or empty if only pieces will be encoded.")
+        .def("encode", &Codec::encode, "Ids of one text; specials is a list of (bytes, id) to parse.")
+        .def("encode_pieces", &Codec::encode_pieces, "Ids of pieces (bytes) that are split already.")
+        .def("encode_batch", &Codec::encode_batch, "(ids int32, offsets int64) of texts.")
+        .def("encode_lists", &Codec::encode_lists, "A list of ids for each text.")
+        .def("decode", &Codec::decode, "The text of ids. KeyError for an unknown id.")
+        .def("decode_bytes", &Codec::decode_bytes, "The bytes of ids. KeyError for an unknown id.");
 }

@@ -1,9 +1,8 @@
 #include "bpe.h"
 
 #include <algorithm>
-#include <atomic>
 #include <exception>
-#include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <thread>
 
@@ -13,196 +12,209 @@ using pretokenize::Pattern;
 
 namespace {
 
-constexpr uint32_t kEnd = 0xFFFFFFFFu;
-constexpr size_t kShort = 48;  // up to here, looking for the lowest rank by a scan beats a heap
-
 const uint8_t* data(std::string_view s) { return reinterpret_cast<const uint8_t*>(s.data()); }
 
 }  // namespace
 
-// A direct-mapped memory of pieces of up to 15 bytes: a new piece overwrites what its slot held, so the size is fixed.
-struct Model::Cache {
-    static constexpr size_t kSlots = 1 << 15, kIds = 11, kBytes = 15;
-    struct Slot {
-        uint64_t low = 0, high = 0;  // the piece, then its size in the last byte; no piece has size 0
-        uint32_t n = 0;
-        uint32_t ids[kIds];
-    };
-    std::vector<Slot> slots = std::vector<Slot>(kSlots);
+// ---------------------------------------------------------------- caches
 
-    static void key_of(const uint8_t* piece, size_t n, uint64_t& low, uint64_t& high) {
-        uint8_t key[16] = {};
-        std::memcpy(key, piece, n);
-        key[15] = static_cast<uint8_t>(n);
-        std::memcpy(&low, key, 8);
-        std::memcpy(&high, key + 8, 8);
+Model::Lease::Lease(const Model& model) : model_(model), cache_(model.spare_.exchange(nullptr)) {
+    if (cache_) return;
+    std::lock_guard<std::mutex> hold(model.idle_lock_);
+    if (model.idle_.empty()) {
+        cache_ = new PieceCache;
+    } else {
+        cache_ = model.idle_.back().release();
+        model.idle_.pop_back();
     }
-};
+}
 
-// Caches outlive the calls: each call borrows one and gives it back.
-struct Model::Lease {
-    const Model& model;
-    std::unique_ptr<Cache> cache;
+Model::Lease::~Lease() {
+    PieceCache* none = nullptr;
+    if (model_.spare_.compare_exchange_strong(none, cache_)) return;
+    std::lock_guard<std::mutex> hold(model_.idle_lock_);
+    model_.idle_.emplace_back(cache_);
+}
 
-    explicit Lease(const Model& m) : model(m) {
-        {
-            std::lock_guard<std::mutex> hold(m.idle_lock_);
-            if (!m.idle_.empty()) {
-                cache = std::move(m.idle_.back());
-                m.idle_.pop_back();
-            }
-        }
-        if (!cache) cache = std::make_unique<Cache>();
-    }
-    ~Lease() {
-        std::lock_guard<std::mutex> hold(model.idle_lock_);
-        model.idle_.push_back(std::move(cache));
-    }
-};
+// ---------------------------------------------------------------- the vocabulary
 
-Model::Model(std::vector<std::string> bytes, std::vector<Kind> kinds, const std::vector<Merge>& merges,
-             bool whole_piece_first)
-    : bytes_(std::move(bytes)), kinds_(std::move(kinds)), whole_piece_first_(whole_piece_first), pairs_(merges.size()) {
-    std::fill(std::begin(byte_id_), std::end(byte_id_), kEnd);
-    for (uint32_t id = 0; id < bytes_.size(); id++) {
-        if (kinds_[id] != Kind::ordinary) continue;
-        if (bytes_[id].size() == 1) byte_id_[static_cast<uint8_t>(bytes_[id][0])] = id;
-        if (whole_piece_first_) whole_.emplace(bytes_[id], id);
+Model::Model(const std::vector<std::string_view>& tokens, std::vector<Kind> kinds, const std::vector<Merge>& merges,
+             bool by_bytes, bool whole_piece_first)
+    : whole_(tokens.size()), whole_piece_first_(whole_piece_first), ranks_(by_bytes ? tokens.size() : merges.size()),
+      rank_of_bytes_(65536, RankTable::kNone) {
+    const size_t n = tokens.size();
+    if (n >= RankTable::kLimit || merges.size() >= RankTable::kLimit)
+        throw std::invalid_argument("Tokenizer: expected fewer than 2,097,152 tokens and merges, got " +
+                                    std::to_string(std::max(n, merges.size())));
+    size_t total = 0;
+    for (std::string_view t : tokens) total += t.size();
+    if (total >= 0xFFFFFFFFu) throw std::invalid_argument("Tokenizer: expected less than 4 GiB of tokens");
+    arena_.reserve(total);
+    spelled_.resize(n);
+    std::fill(std::begin(byte_id_), std::end(byte_id_), TokenTable::kNone);
+    for (uint32_t id = 0; id < n; id++) {
+        std::string_view t = tokens[id];
+        offsets_.push_back(static_cast<uint32_t>(arena_.size()));
+        arena_.append(t);
+        spelled_[id].size = kinds[id] == Kind::absent ? kAbsent : t.size() > 15 ? kLong : static_cast<uint8_t>(t.size());
+        std::memcpy(spelled_[id].bytes, t.data(), std::min<size_t>(t.size(), 15));
+        if (kinds[id] != Kind::ordinary) continue;
+        if (t.size() == 1) byte_id_[static_cast<uint8_t>(t[0])] = id;
+        if (!whole_piece_first_ || t.empty()) continue;
+        uint64_t words[2];
+        std::memcpy(words, &spelled_[id], sizeof(words));
+        const bool is_short = t.size() <= PieceCache::kShort;
+        whole_.insert(is_short ? PieceCache::hash_of(words[0], words[1]) : hash_bytes(data(t), t.size()), id);
     }
+    offsets_.push_back(static_cast<uint32_t>(arena_.size()));
     for (int b = 0; b < 256; b++)
-        if (byte_id_[b] == kEnd)
+        if (byte_id_[b] == TokenTable::kNone)
             throw std::invalid_argument("Tokenizer: expected a token for every byte, got none for " + std::to_string(b));
-    for (const Merge& m : merges) {
-        size_t n = bytes_.size();
-        if (m.left >= n || m.right >= n || m.token >= n || bytes_[m.left] + bytes_[m.right] != bytes_[m.token])
+    if (by_bytes) find_merges(kinds);
+    else add_merges(merges);
+}
+
+Model::~Model() { delete spare_.load(); }
+
+void Model::add_merges(const std::vector<Merge>& merges) {
+    bool rising = true;  // then the token's id itself can stand for the rank
+    for (size_t i = 0; i < merges.size(); i++) {
+        const Merge& m = merges[i];
+        if (m.left >= size() || m.right >= size() || m.token >= size() ||
+            std::string(token(m.left)).append(token(m.right)) != token(m.token))
             throw std::invalid_argument("Tokenizer: expected merges whose two tokens concatenate to a token, got ids " +
                                         std::to_string(m.left) + " and " + std::to_string(m.right));
-        // A pair listed twice keeps its first rank.
-        pairs_.insert(PairTable::key(m.left, m.right), static_cast<uint64_t>(m.rank) << 32 | m.token);
+        rising = rising && (i == 0 || merges[i - 1].token < m.token);
+    }
+    for (size_t i = 0; i < merges.size(); i++) {
+        const Merge& m = merges[i];
+        if (!rising) token_of_rank_.push_back(m.token);
+        const uint32_t rank = rising ? m.token : static_cast<uint32_t>(i);
+        std::string_view left = token(m.left), right = token(m.right);
+        if (left.size() == 1 && right.size() == 1 && byte_id_[data(left)[0]] == m.left && byte_id_[data(right)[0]] == m.right) {
+            int32_t& known = rank_of_bytes_[data(left)[0] << 8 | data(right)[0]];
+            known = std::min(known, static_cast<int32_t>(rank));
+        }
+        ranks_.insert(m.left, m.right, rank);  // a pair listed twice keeps its first rank
     }
 }
 
-Model::~Model() = default;
-
-std::vector<Merge> Model::all_splits(const std::vector<std::string>& bytes, const std::vector<Kind>& kinds) {
-    std::unordered_map<std::string_view, uint32_t> ids;
-    for (uint32_t id = 0; id < bytes.size(); id++)
-        if (kinds[id] == Kind::ordinary) ids.emplace(bytes[id], id);
-    std::vector<Merge> merges;
-    for (uint32_t id = 0; id < bytes.size(); id++) {
+// Ranks by bytes: for each token, shorter ones first, the two tokens that its bytes come to before they become it.
+void Model::find_merges(const std::vector<Kind>& kinds) {
+    std::vector<std::vector<uint32_t>> by_size;
+    for (uint32_t id = 0; id < size(); id++) {
         if (kinds[id] != Kind::ordinary) continue;
-        std::string_view token = bytes[id];
-        for (size_t cut = 1; cut < token.size(); cut++) {
-            auto left = ids.find(token.substr(0, cut)), right = ids.find(token.substr(cut));
-            if (left != ids.end() && right != ids.end()) merges.push_back({left->second, right->second, id, id});
+        if (token(id).size() >= by_size.size()) by_size.resize(token(id).size() + 1);
+        by_size[token(id).size()].push_back(id);
+    }
+    Ids parts;
+    for (size_t n = 2; n < by_size.size(); n++)
+        for (uint32_t id : by_size[n]) {
+            std::string_view t = token(id);
+            parts.clear();
+            encode_uncached(data(t), n, TokenTable::kNone, parts);
+            if (parts.size() != 2) continue;  // merging never makes this token
+            ranks_.insert(parts.data()[0], parts.data()[1], id);
+            if (n == 2) rank_of_bytes_[data(t)[0] << 8 | data(t)[1]] = static_cast<int32_t>(id);
         }
-    }
-    return merges;
 }
 
-// ---------------------------------------------------------------- pieces
-
-void Model::encode_piece(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const {
-    if (n == 0) return;
-    if (whole_piece_first_) {
-        auto hit = whole_.find({reinterpret_cast<const char*>(piece), n});
-        if (hit != whole_.end()) {
-            out.push_back(hit->second);
-            return;
-        }
-    }
-    if (n == 1) out.push_back(byte_id_[piece[0]]);
-    else if (n <= kShort) merge_short(piece, n, out);
-    else merge_long(piece, n, out);
+uint32_t Model::find_whole(uint64_t low, uint64_t high, uint64_t hash) const {
+    if (!whole_piece_first_) return TokenTable::kNone;
+    return whole_.find(hash, [&](uint32_t id) {
+        uint64_t words[2];
+        std::memcpy(words, &spelled_[id], sizeof(words));
+        return words[0] == low && words[1] == high;
+    });
 }
 
-// pair[i] is what tokens i and i + 1 merge to (rank << 32 | token), all ones if nothing: its minimum is the next merge.
-void Model::merge_short(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const {
-    uint32_t token[kShort];
-    uint64_t pair[kShort];
-    auto look = [&](size_t i) { return pairs_.find(PairTable::key(token[i], token[i + 1])); };
-    for (size_t i = 0; i < n; i++) token[i] = byte_id_[piece[i]];
-    for (size_t i = 0; i + 1 < n; i++) pair[i] = look(i);
-    while (n > 1) {
-        size_t best = 0;
-        for (size_t i = 1; i + 1 < n; i++)
-            if (pair[i] >> 32 < pair[best] >> 32) best = i;
-        if (pair[best] == PairTable::kNone) break;
-        token[best] = static_cast<uint32_t>(pair[best]);
-        n--;
-        std::memmove(token + best + 1, token + best + 2, (n - best - 1) * sizeof(*token));
-        std::memmove(pair + best, pair + best + 1, (n - best - 1) * sizeof(*pair));
-        if (best > 0) pair[best - 1] = look(best - 1);
-        if (best + 1 < n) pair[best] = look(best);
+uint32_t Model::find_whole(const uint8_t* piece, size_t n) const {
+    if (n <= PieceCache::kShort) {
+        uint8_t padded[16] = {};
+        std::memcpy(padded, piece, n);
+        uint64_t low, high;
+        PieceCache::key_of(padded, n, low, high);
+        return find_whole(low, high, PieceCache::hash_of(low, high));
     }
-    out.insert(out.end(), token, token + n);
-}
-
-// The same with the tokens in a linked list and the candidates in a heap: O(n log n) for a piece of n bytes.
-void Model::merge_long(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const {
-    if (n >= kEnd) throw std::length_error("Tokenizer.encode: one piece of the text holds 4 GiB or more");
-    std::vector<uint32_t> token(n), next(n), prev(n);
-    std::vector<uint64_t> pair(n, PairTable::kNone);
-    std::vector<uint64_t> heap;  // rank << 32 | position
-    heap.reserve(n);
-    for (size_t i = 0; i < n; i++) {
-        token[i] = byte_id_[piece[i]];
-        next[i] = i + 1 < n ? static_cast<uint32_t>(i + 1) : kEnd;
-        prev[i] = i ? static_cast<uint32_t>(i - 1) : kEnd;
-    }
-    auto candidate = [&](uint32_t i) {
-        pair[i] = next[i] == kEnd ? PairTable::kNone : pairs_.find(PairTable::key(token[i], token[next[i]]));
-        if (pair[i] != PairTable::kNone) heap.push_back((pair[i] >> 32) << 32 | i);
-        return pair[i] != PairTable::kNone;
-    };
-    std::greater<uint64_t> later;
-    for (uint32_t i = 0; i < n; i++) candidate(i);
-    std::make_heap(heap.begin(), heap.end(), later);
-    while (!heap.empty()) {
-        std::pop_heap(heap.begin(), heap.end(), later);
-        uint64_t top = heap.back();
-        heap.pop_back();
-        uint32_t i = static_cast<uint32_t>(top);
-        if (pair[i] == PairTable::kNone || pair[i] >> 32 != top >> 32) continue;  // that pair has merged since
-        uint32_t second = next[i];
-        token[i] = static_cast<uint32_t>(pair[i]);
-        next[i] = next[second];
-        if (next[i] != kEnd) prev[next[i]] = i;
-        pair[second] = PairTable::kNone;
-        if (candidate(i)) std::push_heap(heap.begin(), heap.end(), later);
-        if (prev[i] != kEnd && candidate(prev[i])) std::push_heap(heap.begin(), heap.end(), later);
-    }
-    for (uint32_t i = 0; i != kEnd; i = next[i]) out.push_back(token[i]);
+    if (!whole_piece_first_) return TokenTable::kNone;
+    return whole_.find(hash_bytes(piece, n), [&](uint32_t id) {
+        return offsets_[id + 1] - offsets_[id] == n && !std::memcmp(arena_.data() + offsets_[id], piece, n);
+    });
 }
 
 // ---------------------------------------------------------------- texts
 
-void Model::encode_text(Pattern pattern, std::string_view text, Cache& cache, std::vector<uint32_t>& out) const {
-    pretokenize::for_each_piece(pattern, data(text), text.size(), [&](const uint8_t* piece, size_t n) {
-        if (n > Cache::kBytes) return encode_piece(piece, n, out);
-        uint64_t low, high;
-        Cache::key_of(piece, n, low, high);
-        Cache::Slot& slot = cache.slots[mix(low ^ 0x9E3779B97F4A7C15u, high ^ 0xD6E8FEB86659FD93u) % Cache::kSlots];
-        if (slot.low != low || slot.high != high) {
-            size_t before = out.size();
-            encode_piece(piece, n, out);
-            if (out.size() - before > Cache::kIds) return;
-            slot.low = low, slot.high = high;
-            slot.n = static_cast<uint32_t>(out.size() - before);
-            std::copy(out.begin() + before, out.end(), slot.ids);
-            return;
-        }
-        out.insert(out.end(), slot.ids, slot.ids + slot.n);
-    });
+// A piece that is in no slot of the cache.
+void Model::encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, PieceCache& cache, Ids& out) const {
+    const size_t before = out.size();
+    if (n <= PieceCache::kShort) {
+        encode_uncached(piece, n, find_whole(key.low, key.high, key.hash), out);
+        cache.keep(key.low, key.high, key.hash, out.data() + before, out.size() - before);
+        return;
+    }
+    size_t n_ids = 0;
+    if (const uint32_t* known = cache.find_long(piece, n, key.hash, n_ids)) return out.append(known, n_ids);
+    encode_uncached(piece, n, find_whole(piece, n), out);
+    cache.keep_long(piece, n, key.hash, out.data() + before, out.size() - before);
 }
 
-void Model::encode(Pattern pattern, std::string_view text, const std::vector<Special>& specials,
-                   std::vector<uint32_t>& out) const {
-    Lease lease(*this);
+// In two turns over the next pieces: the first works out where each is in the cache and has it fetched, the second reads.
+void Model::encode_text(Pattern pattern, std::string_view text, PieceCache& cache, Ids& out) const {
+    constexpr size_t kRoom = pretokenize::Splitter::kRoom;
+    pretokenize::Splitter splitter(pattern, text);
+    size_t ends[kRoom], start = 0;
+    PieceKey keys[kRoom];
+    const uint8_t* s = data(text);
+    while (size_t count = splitter.next(ends)) {
+        size_t begin = start;
+        for (size_t i = 0; i < count; begin = ends[i++]) {
+            PieceKey& key = keys[i];
+            const size_t n = ends[i] - begin;
+            if (n > PieceCache::kShort) {
+                key = {0, ~0ull, hash_bytes(s + begin, n)};
+                __builtin_prefetch(cache.place_of_long(key.hash));
+                continue;
+            }
+            if (text.size() - begin >= 16) {
+                PieceCache::key_of(s + begin, n, key.low, key.high);
+            } else {
+                uint8_t padded[16] = {};
+                std::memcpy(padded, s + begin, n);
+                PieceCache::key_of(padded, n, key.low, key.high);
+            }
+            key.hash = PieceCache::hash_of(key.low, key.high);
+            __builtin_prefetch(cache.bucket(key.hash));
+        }
+        out.room_for(4 * count);
+        uint32_t* to = out.end();
+        for (size_t i = 0; i < count; start = ends[i++]) {
+            const PieceKey& key = keys[i];
+            const PieceCache::Slot* slot = cache.bucket(key.hash);
+            slot += ((slot->low ^ key.low) | (slot->high ^ key.high)) != 0;
+            const bool found = slot->low == key.low && slot->high == key.high;
+            if (found && slot->ids[0] >> 28 != PieceCache::kElsewhere) {
+                std::memcpy(to, slot->ids, sizeof(slot->ids));
+                const uint32_t first = *to;
+                *to = first & PieceCache::kIdBits;
+                to += first >> 28;
+                continue;
+            }
+            out.set_end(to);
+            if (found) out.append(cache.elsewhere(*slot), slot->ids[2]);
+            else encode_missed(s + start, ends[i] - start, key, cache, out);
+            out.room_for(4 * (count - i));
+            to = out.end();
+        }
+        out.set_end(to);
+    }
+}
+
+void Model::encode(Pattern pattern, std::string_view text, const std::vector<Special>& specials, PieceCache& cache,
+                   Ids& out) const {
     std::vector<size_t> found(specials.size(), 0);  // where each special occurs next, at or after `start`
     for (size_t i = 0; i < specials.size(); i++) found[i] = text.find(specials[i].text);
     size_t start = 0;
-    for (;;) {
+    while (!specials.empty()) {
         size_t best = specials.size();
         for (size_t i = 0; i < specials.size(); i++) {
             if (found[i] < start) found[i] = text.find(specials[i].text, start);
@@ -212,16 +224,30 @@ void Model::encode(Pattern pattern, std::string_view text, const std::vector<Spe
                 best = i;
         }
         if (best == specials.size()) break;
-        encode_text(pattern, text.substr(start, found[best] - start), *lease.cache, out);
+        encode_text(pattern, text.substr(start, found[best] - start), cache, out);
         out.push_back(specials[best].id);
         start = found[best] + specials[best].text.size();
     }
-    encode_text(pattern, text.substr(start), *lease.cache, out);
+    encode_text(pattern, text.substr(start), cache, out);
 }
 
-// Long texts are cut at safe places, short ones lie together: each job is about kJobBytes, and writes one part.
-Model::Batch Model::encode_batch(Pattern pattern, const std::vector<std::string_view>& texts, int threads) const {
+// Long texts are cut at safe places, short ones lie together: each job is about kJobBytes, and has ids of its own.
+Ids Model::encode_batch(Pattern pattern, const std::vector<std::string_view>& texts, int threads,
+                        std::vector<int64_t>& offsets) const {
     constexpr size_t kJobBytes = 1 << 18;
+    offsets.assign(texts.size() + 1, 0);
+    size_t total = 0;
+    for (std::string_view t : texts) total += t.size();
+    if (threads <= 1 || total < 2 * kJobBytes) {
+        Lease cache(*this);
+        Ids ids;
+        ids.room_for(total / 3 + 4 * pretokenize::Splitter::kRoom);
+        for (size_t i = 0; i < texts.size(); i++) {
+            encode_text(pattern, texts[i], *cache, ids);
+            offsets[i + 1] = static_cast<int64_t>(ids.size());
+        }
+        return ids;
+    }
     std::vector<pretokenize::Span> spans = pretokenize::cut_texts(texts, kJobBytes);
     std::vector<int64_t> n_ids(spans.size());
     std::vector<size_t> jobs;  // the first span of each job, then the end
@@ -235,19 +261,18 @@ Model::Batch Model::encode_batch(Pattern pattern, const std::vector<std::string_
     }
     jobs.push_back(spans.size());
 
-    Batch batch;
-    batch.parts.resize(jobs.size() - 1);
+    std::vector<Ids> parts(jobs.size() - 1);
     std::atomic<size_t> next_job{0};
-    int n_workers = static_cast<int>(std::min<size_t>(std::max(threads, 1), std::max<size_t>(batch.parts.size(), 1)));
+    const size_t n_workers = std::min<size_t>(static_cast<size_t>(threads), std::max<size_t>(parts.size(), 1));
     std::vector<std::exception_ptr> errors(n_workers);
-    auto work = [&](int w) {
+    auto work = [&](size_t w) {
         try {
-            Lease lease(*this);
-            for (size_t j; (j = next_job++) < batch.parts.size();) {
-                std::vector<uint32_t>& out = batch.parts[j];
+            Lease cache(*this);
+            for (size_t j; (j = next_job++) < parts.size();) {
+                Ids& out = parts[j];
                 for (size_t s = jobs[j]; s < jobs[j + 1]; s++) {
                     size_t before = out.size();
-                    encode_text(pattern, spans[s].text, *lease.cache, out);
+                    encode_text(pattern, spans[s].text, *cache, out);
                     n_ids[s] = static_cast<int64_t>(out.size() - before);
                 }
             }
@@ -256,27 +281,48 @@ Model::Batch Model::encode_batch(Pattern pattern, const std::vector<std::string_
         }
     };
     std::vector<std::thread> workers;
-    for (int w = 1; w < n_workers; w++) workers.emplace_back(work, w);
+    for (size_t w = 1; w < n_workers; w++) workers.emplace_back(work, w);
     work(0);
     for (auto& w : workers) w.join();
     for (auto& e : errors)
         if (e) std::rethrow_exception(e);
 
-    batch.offsets.assign(texts.size() + 1, 0);
-    for (size_t s = 0; s < spans.size(); s++) batch.offsets[spans[s].owner + 1] += n_ids[s];
-    for (size_t t = 0; t < texts.size(); t++) batch.offsets[t + 1] += batch.offsets[t];
-    return batch;
+    for (size_t s = 0; s < spans.size(); s++) offsets[spans[s].owner + 1] += n_ids[s];
+    std::partial_sum(offsets.begin(), offsets.end(), offsets.begin());
+    Ids ids;
+    ids.room_for(static_cast<size_t>(offsets.back()));
+    for (const Ids& part : parts) ids.append(part.data(), part.size());
+    return ids;
 }
 
-std::string Model::decode(const int64_t* ids, size_t n) const {
-    std::string text;
-    for (size_t i = 0; i < n; i++) {
-        bool known = ids[i] >= 0 && static_cast<size_t>(ids[i]) < bytes_.size() && kinds_[ids[i]] != Kind::absent;
-        if (!known)
-            throw std::out_of_range("Tokenizer.decode: expected ids of the vocabulary, got " + std::to_string(ids[i]));
-        text += bytes_[ids[i]];
+// Sixteen bytes are written for every short token; the next one writes over what was too much.
+template <class Id>
+void Model::decode(const Id* ids, size_t n, std::string& out) const {
+    constexpr size_t kBlock = 4096;
+    size_t size = out.size();
+    for (size_t first = 0; first < n; first += kBlock) {
+        const size_t last = std::min(n, first + kBlock);
+        if (out.size() < size + 16 * kBlock) out.resize(std::max(out.size() * 2, size + 16 * kBlock));
+        for (size_t i = first; i < last; i++) {
+            const bool inside = ids[i] >= 0 && static_cast<uint64_t>(ids[i]) < spelled_.size();
+            const Spelled* s = inside ? &spelled_[static_cast<size_t>(ids[i])] : nullptr;
+            if (!s || s->size == kAbsent)
+                throw std::out_of_range("Tokenizer.decode: expected ids of the vocabulary, got " + std::to_string(ids[i]));
+            if (s->size != kLong) {
+                std::memcpy(out.data() + size, s, 16);
+                size += s->size;
+                continue;
+            }
+            std::string_view t = token(static_cast<uint32_t>(ids[i]));
+            if (out.size() < size + t.size() + 16 * kBlock) out.resize(size + t.size() + 16 * kBlock);
+            std::memcpy(out.data() + size, t.data(), t.size());
+            size += t.size();
+        }
     }
-    return text;
+    out.resize(size);
 }
+
+template void Model::decode(const int32_t*, size_t, std::string&) const;
+template void Model::decode(const int64_t*, size_t, std::string&) const;
 
 }  // namespace bpe

@@ -1,26 +1,28 @@
 // Encoding and decoding with a byte-level BPE.
 //
-// One table of pairs serves both meanings that such a vocabulary can have. A merge list (Hugging Face) ranks each listed
-// pair by its place in the list. Ranks by bytes (tiktoken) give every split of a token into two tokens the token's own
-// rank; and a piece that is a token as a whole is taken whole. Either way the leftmost pair of the lowest rank merges
-// first.
+// Two meanings that such a vocabulary can have become one table of pairs. A merge list (Hugging Face) ranks each listed
+// pair by its place in the list. Ranks by bytes (tiktoken) let any two tokens merge that make a token, at that token's
+// rank. In both the leftmost pair of the lowest rank merges first, so what happens inside a stretch of text that ends up
+// as one token does not depend on what is around it; in particular only one pair of tokens ever makes a given token by
+// ranks, and the table holds that one.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
+#include "bpe_cache.h"
 #include "bpe_hash.h"
 #include "pretokenize.h"
 
 namespace bpe {
 
 struct Merge {
-    uint32_t left, right, token, rank;
+    uint32_t left, right, token;
 };
 
 struct Special {
@@ -30,51 +32,92 @@ struct Special {
 
 enum class Kind : uint8_t { absent, ordinary, special };
 
+struct PieceKey {
+    uint64_t low, high, hash;  // of a piece of more than 15 bytes only the hash counts
+};
+
 // Immutable after construction; all const members may be called from several threads at once.
 class Model {
 public:
-    // bytes[id] and kinds[id] describe the vocabulary, which must hold all 256 single bytes as ordinary tokens.
-    // Throws std::invalid_argument for a missing byte, or a merge whose tokens do not concatenate to its result.
-    Model(std::vector<std::string> bytes, std::vector<Kind> kinds, const std::vector<Merge>& merges,
-          bool whole_piece_first);
+    // tokens[id] and kinds[id] describe the vocabulary, which must hold all 256 single bytes as ordinary tokens. Merges
+    // are in the order of their ranks; with by_bytes they come from the tokens. whole_piece_first: a piece that is a
+    // token is taken whole, whatever the merges say. Throws std::invalid_argument for a missing byte, or a merge whose
+    // tokens do not concatenate to its result.
+    Model(const std::vector<std::string_view>& tokens, std::vector<Kind> kinds, const std::vector<Merge>& merges,
+          bool by_bytes, bool whole_piece_first);
     ~Model();
 
     // Appends the ids of one piece.
-    void encode_piece(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const;
+    void encode_piece(const uint8_t* piece, size_t n, Ids& out) const;
     // Appends the ids of text, in which the given specials are parsed: the leftmost one, and of those the longest.
     void encode(pretokenize::Pattern pattern, std::string_view text, const std::vector<Special>& specials,
-                std::vector<uint32_t>& out) const;
+                PieceCache& cache, Ids& out) const;
+    // Many texts at once, on at most `threads` threads; the ids of text i are at [offsets[i], offsets[i + 1]).
+    Ids encode_batch(pretokenize::Pattern pattern, const std::vector<std::string_view>& texts, int threads,
+                     std::vector<int64_t>& offsets) const;
 
-    // Many texts at once; ids of text i are at [offsets[i], offsets[i + 1]) of all parts laid end to end.
-    struct Batch {
-        std::vector<std::vector<uint32_t>> parts;
-        std::vector<int64_t> offsets;
+    // Appends the bytes of ids. Throws std::out_of_range for an id that the vocabulary does not have.
+    template <class Id>
+    void decode(const Id* ids, size_t n, std::string& out) const;
+
+    size_t size() const { return spelled_.size(); }
+
+    // A cache for the length of a call; it comes back with what it learnt.
+    class Lease {
+    public:
+        explicit Lease(const Model& model);
+        ~Lease();
+        Lease(const Lease&) = delete;
+        Lease& operator=(const Lease&) = delete;
+        PieceCache& operator*() const { return *cache_; }
+        PieceCache* operator->() const { return cache_; }
+
+    private:
+        const Model& model_;
+        PieceCache* cache_;
     };
-    Batch encode_batch(pretokenize::Pattern pattern, const std::vector<std::string_view>& texts, int threads) const;
-
-    // Throws std::out_of_range for an id outside the vocabulary.
-    std::string decode(const int64_t* ids, size_t n) const;
-
-    // Every split of an ordinary token into two ordinary tokens, in the order of the token's id, then of the split.
-    static std::vector<Merge> all_splits(const std::vector<std::string>& bytes, const std::vector<Kind>& kinds);
 
 private:
-    struct Cache;
-    struct Lease;
+    // A token's bytes if there are at most 15, padded with zeros, with their number, as in the cache's keys; else the
+    // number is kLong, or kAbsent.
+    struct Spelled {
+        uint8_t bytes[15];
+        uint8_t size;
+    };
+    static constexpr uint8_t kLong = 254, kAbsent = 255;
 
-    std::vector<std::string> bytes_;
-    std::vector<Kind> kinds_;
+    std::string arena_;                 // the bytes of all tokens
+    std::vector<uint32_t> offsets_;     // (V + 1): token id is arena_[offsets_[id], offsets_[id + 1])
+    std::vector<Spelled> spelled_;      // (V)
+    TokenTable whole_;                  // ordinary tokens, if a whole piece is looked up first
     bool whole_piece_first_;
-    PairTable pairs_;  // -> rank << 32 | token
-    std::unordered_map<std::string_view, uint32_t> whole_;
+    RankTable ranks_;
+    std::vector<uint32_t> token_of_rank_;    // empty if the rank is the token's id
+    std::vector<int32_t> rank_of_bytes_;     // (65536): the rank of two bytes
     uint32_t byte_id_[256];
+    mutable std::atomic<PieceCache*> spare_{nullptr};  // the last cache given back, for callers one at a time
     mutable std::mutex idle_lock_;
-    mutable std::vector<std::unique_ptr<Cache>> idle_;
+    mutable std::vector<std::unique_ptr<PieceCache>> idle_;
 
-    void encode_text(pretokenize::Pattern pattern, std::string_view text, Cache& cache,
-                     std::vector<uint32_t>& out) const;
-    void merge_short(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const;
-    void merge_long(const uint8_t* piece, size_t n, std::vector<uint32_t>& out) const;
+    std::string_view token(uint32_t id) const {
+        return {arena_.data() + offsets_[id], offsets_[id + 1] - offsets_[id]};
+    }
+    uint32_t token_of(int32_t rank) const {
+        return token_of_rank_.empty() ? static_cast<uint32_t>(rank) : token_of_rank_[static_cast<size_t>(rank)];
+    }
+    uint32_t find_whole(const uint8_t* piece, size_t n) const;
+    uint32_t find_whole(uint64_t low, uint64_t high, uint64_t hash) const;
+    void add_merges(const std::vector<Merge>& merges);
+    void find_merges(const std::vector<Kind>& kinds);
+    void encode_uncached(const uint8_t* piece, size_t n, uint32_t whole, Ids& out) const;
+    void encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, PieceCache& cache, Ids& out) const;
+    void encode_text(pretokenize::Pattern pattern, std::string_view text, PieceCache& cache, Ids& out) const;
+    template <size_t kLanes>
+    size_t merge_few(const uint8_t* piece, size_t n, uint32_t* tokens) const;
+    size_t merge_many(const uint8_t* piece, size_t n, uint32_t* tokens) const;
+    size_t merge(const uint8_t* piece, size_t n, uint32_t* tokens) const;
+    bool merge_windows(const uint8_t* piece, size_t n, Ids& out) const;
+    void merge_heap(const uint8_t* piece, size_t n, Ids& out) const;
 };
 
 }  // namespace bpe

@@ -1,4 +1,5 @@
-// The two hash functions and the one hash table of the tokenizer.
+// The hash functions and hash tables of the tokenizer. All tables are open addressing with linear probing; reading one is
+// thread-safe while nobody inserts.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,8 +27,14 @@ inline uint64_t hash_bytes(const uint8_t* p, size_t n) {
     return mix(h ^ w, 0xD6E8FEB86659FD93u);
 }
 
-// Open addressing from a pair of ids (left << 32 | right) to a value. A value of kNone means that the key is absent.
-// Reading is thread-safe while nobody inserts.
+// The smallest power of two that leaves a table of `expected` entries at most half full.
+inline size_t table_size(size_t expected) {
+    size_t capacity = 16;
+    while (capacity < 2 * expected + 2) capacity *= 2;
+    return capacity;
+}
+
+// From a pair of ids (left << 32 | right) to a value. A value of kNone means that the key is absent.
 class PairTable {
 public:
     static constexpr uint64_t kNone = ~0ull;
@@ -60,10 +67,8 @@ private:
     size_t size_ = 0, mask_ = 0;
 
     void resize(size_t expected) {
-        size_t capacity = 16;
-        while (capacity < 2 * expected + 2) capacity *= 2;
-        slots_.assign(capacity, {0, kNone});
-        mask_ = capacity - 1;
+        slots_.assign(table_size(expected), {0, kNone});
+        mask_ = slots_.size() - 1;
     }
 
     void grow() {
@@ -73,6 +78,71 @@ private:
         for (const Slot& s : old)
             if (s.value != kNone) insert(s.key, s.value);
     }
+};
+
+// From a pair of ids to the rank at which it merges, in one word an entry. Ids and ranks are below 2^21.
+class RankTable {
+public:
+    static constexpr int32_t kNone = 0x7FFFFFFF;
+    static constexpr uint32_t kLimit = 1u << 21;
+
+    explicit RankTable(size_t entries) : slots_(table_size(entries), 0), mask_(slots_.size() - 1) {}
+
+    int32_t find(uint32_t left, uint32_t right) const {
+        const uint64_t key = key_of(left, right);
+        for (size_t i = place(key);; i = (i + 1) & mask_) {
+            const uint64_t slot = slots_[i];
+            if ((slot & ~kRankBits) == key) return static_cast<int32_t>(slot & kRankBits);
+            if (!slot) return kNone;
+        }
+    }
+
+    // A pair that is there already keeps its rank. No more than the entries that the table was made for.
+    void insert(uint32_t left, uint32_t right, uint32_t rank) {
+        const uint64_t key = key_of(left, right);
+        size_t i = place(key);
+        while (slots_[i] && (slots_[i] & ~kRankBits) != key) i = (i + 1) & mask_;
+        if (!slots_[i]) slots_[i] = key | rank;
+    }
+
+private:
+    static constexpr uint64_t kRankBits = kLimit - 1;
+    std::vector<uint64_t> slots_;  // 1, left (21 bits), right, rank; 0 is empty
+    size_t mask_;
+
+    static uint64_t key_of(uint32_t left, uint32_t right) {
+        return 1ull << 63 | static_cast<uint64_t>(left) << 42 | static_cast<uint64_t>(right) << 21;
+    }
+    size_t place(uint64_t key) const { return ((key >> 21) * 0x9E3779B97F4A7C15u >> 20) & mask_; }
+};
+
+// From the bytes of a token to its id. The bytes are the owner's: it says where those of an id are.
+class TokenTable {
+public:
+    static constexpr uint32_t kNone = 0xFFFFFFFFu;
+
+    explicit TokenTable(size_t entries) : slots_(table_size(entries), 0), mask_(slots_.size() - 1) {}
+
+    // same(id): whether that token has the bytes that were hashed.
+    template <class Same>
+    uint32_t find(uint64_t hash, Same&& same) const {
+        for (size_t i = hash & mask_; slots_[i]; i = (i + 1) & mask_)
+            if ((slots_[i] ^ hash) >> 32 == 0) {
+                const uint32_t id = static_cast<uint32_t>(slots_[i]) - 1;
+                if (same(id)) return id;
+            }
+        return kNone;
+    }
+
+    void insert(uint64_t hash, uint32_t id) {
+        size_t i = hash & mask_;
+        while (slots_[i]) i = (i + 1) & mask_;
+        slots_[i] = (hash & ~0xFFFFFFFFull) | (id + 1);
+    }
+
+private:
+    std::vector<uint64_t> slots_;  // high half of the hash, id + 1; 0 is empty
+    size_t mask_;
 };
 
 }  // namespace bpe

@@ -1,144 +1,11 @@
 #include "bpe_train.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <exception>
 #include <queue>
 #include <stdexcept>
-#include <thread>
 
 #include "bpe_hash.h"
 
 namespace bpe {
-
-using pretokenize::Pattern;
-
-// ---------------------------------------------------------------- counting
-
-void PieceCounter::grow() {
-    slots_.assign(std::max<size_t>(1024, slots_.size() * 2), 0);
-    size_t mask = slots_.size() - 1;
-    for (size_t e = 0; e < entries_.size(); e++) {
-        size_t i = entries_[e].hash & mask;
-        while (slots_[i]) i = (i + 1) & mask;
-        slots_[i] = static_cast<uint32_t>(e + 1);
-    }
-}
-
-void PieceCounter::add_piece(const uint8_t* piece, size_t n, int64_t count) {
-    if (2 * (entries_.size() + 1) > slots_.size()) grow();
-    uint64_t hash = hash_bytes(piece, n);
-    size_t mask = slots_.size() - 1;
-    for (size_t i = hash & mask;; i = (i + 1) & mask) {
-        if (!slots_[i]) {
-            entries_.push_back({hash, arena_.size(), n, count});
-            arena_.append(reinterpret_cast<const char*>(piece), n);
-            slots_[i] = static_cast<uint32_t>(entries_.size());
-            return;
-        }
-        Entry& e = entries_[slots_[i] - 1];
-        if (e.hash == hash && e.size == n && !std::memcmp(arena_.data() + e.offset, piece, n)) {
-            e.count += count;
-            return;
-        }
-    }
-}
-
-void PieceCounter::add_pieces(const std::vector<std::string_view>& pieces) {
-    for (std::string_view p : pieces) add_piece(reinterpret_cast<const uint8_t*>(p.data()), p.size(), 1);
-}
-
-// Every thread counts one stretch of the text; the tables are joined in text order, so the order of first occurrence
-// does not depend on the number of threads.
-void PieceCounter::add(Pattern pattern, const std::vector<std::string_view>& texts, int threads) {
-    size_t total = 0;
-    for (auto t : texts) total += t.size();
-    auto spans = pretokenize::cut_texts(texts, std::max<size_t>(1 << 16, total / (8 * threads)));
-    auto count_spans = [&](PieceCounter& table, size_t first, size_t last) {
-        for (size_t i = first; i < last; i++)
-            pretokenize::for_each_piece(pattern, reinterpret_cast<const uint8_t*>(spans[i].text.data()),
-                                        spans[i].text.size(),
-                                        [&](const uint8_t* p, size_t n) { table.add_piece(p, n, 1); });
-    };
-    if (threads <= 1 || total < (1u << 20)) return count_spans(*this, 0, spans.size());
-
-    std::vector<PieceCounter> tables(threads);
-    std::vector<std::exception_ptr> errors(threads);
-    std::vector<std::thread> workers;
-    size_t start = 0, seen = 0;
-    for (int w = 0; w < threads; w++) {
-        size_t end = start, share = total / threads * (w + 1);
-        while (end < spans.size() && (w + 1 == threads || seen < share)) seen += spans[end++].text.size();
-        workers.emplace_back([&, w, start, end] {
-            try {
-                count_spans(tables[w], start, end);
-            } catch (...) {
-                errors[w] = std::current_exception();
-            }
-        });
-        start = end;
-    }
-    for (auto& w : workers) w.join();
-    for (auto& e : errors)
-        if (e) std::rethrow_exception(e);
-    for (const PieceCounter& t : tables)
-        for (size_t i = 0; i < t.size(); i++)
-            add_piece(reinterpret_cast<const uint8_t*>(t.piece(i).data()), t.piece(i).size(), t.count(i));
-}
-
-namespace {
-
-// A file mapped for reading. Its pages are the page cache's, so a corpus larger than memory can be read.
-struct MappedFile {
-    void* data = nullptr;
-    size_t size = 0;
-
-    explicit MappedFile(const std::string& path) {
-        int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        struct stat info;
-        if (fd < 0 || fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-            if (fd >= 0) close(fd);
-            throw std::invalid_argument("Tokenizer.train: expected a readable file, got " + path);
-        }
-        size = static_cast<size_t>(info.st_size);
-        if (size) data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
-        close(fd);
-        if (!size) throw std::invalid_argument("Tokenizer.train: expected text in " + path + ", got an empty file");
-        if (data == MAP_FAILED) {
-            data = nullptr;
-            throw std::invalid_argument("Tokenizer.train: expected a file that can be mapped, got " + path);
-        }
-        madvise(data, size, MADV_SEQUENTIAL);
-    }
-    MappedFile(MappedFile&& other) noexcept : data(other.data), size(other.size) { other.data = nullptr; }
-    ~MappedFile() {
-        if (data) munmap(data, size);
-    }
-};
-
-}  // namespace
-
-void PieceCounter::add_files(Pattern pattern, const std::vector<std::string>& paths, int threads) {
-    constexpr size_t kGroupBytes = 64u << 20, kGroupFiles = 1024;
-    std::vector<MappedFile> group;
-    size_t bytes = 0;
-    for (size_t i = 0; i < paths.size(); i++) {
-        group.emplace_back(paths[i]);
-        bytes += group.back().size;
-        if (bytes < kGroupBytes && group.size() < kGroupFiles && i + 1 < paths.size()) continue;
-        std::vector<std::string_view> texts;
-        for (const MappedFile& f : group) texts.emplace_back(static_cast<const char*>(f.data), f.size);
-        add(pattern, texts, threads);
-        group.clear();
-        bytes = 0;
-    }
-}
-
-// ---------------------------------------------------------------- merging
 
 namespace {
 
@@ -155,11 +22,13 @@ std::vector<uint32_t> hf_byte_order() {
     return order;
 }
 
+}  // namespace
+
 // The distinct pieces laid end to end, one position a byte. A token lives at the position of its first byte; `next` and
 // `prev` link the tokens of a piece, so a merge touches its two neighbours and nothing else.
-class Trainer {
+class Trainer::State {
 public:
-    Trainer(const PieceCounter& pieces, TieBreak tie_break) : tie_(tie_break), rank_(hf_byte_order()) {
+    State(const PieceTable& pieces, TieBreak tie_break) : tie_(tie_break), rank_(hf_byte_order()) {
         size_t total = 0;
         for (size_t i = 0; i < pieces.size(); i++) total += pieces.piece(i).size();
         if (total >= kEnd) throw std::length_error("Tokenizer.train: the distinct pieces hold 4 GiB or more");
@@ -168,9 +37,9 @@ public:
         for (uint32_t p = 0; p < pairs_.size(); p++) push(p);
     }
 
-    std::vector<TrainedPair> run(size_t n_merges) {
+    std::vector<TrainedPair> next(size_t n) {
         std::vector<TrainedPair> merges;
-        while (merges.size() < n_merges && !heap_.empty()) {
+        while (merges.size() < n && !heap_.empty()) {
             Candidate top = heap_.top();
             heap_.pop();
             bool moved = tie_ == TieBreak::first && top.key != first_position(top.pair);
@@ -179,7 +48,7 @@ public:
                 continue;
             }
             merges.push_back({pairs_[top.pair].left, pairs_[top.pair].right});
-            apply(top.pair, static_cast<uint32_t>(255 + merges.size()));
+            apply(top.pair, new_token_++);
         }
         return merges;
     }
@@ -207,6 +76,7 @@ private:
     std::vector<Pair> pairs_;
     PairTable index_;
     std::priority_queue<Candidate> heap_;
+    uint32_t new_token_ = 256;
 
     void lay(std::string_view piece, uint32_t id, int64_t count) {
         count_.push_back(count);
@@ -283,10 +153,8 @@ private:
     }
 };
 
-}  // namespace
-
-std::vector<TrainedPair> train(const PieceCounter& pieces, size_t n_merges, TieBreak tie_break) {
-    return Trainer(pieces, tie_break).run(n_merges);
-}
+Trainer::Trainer(const PieceTable& pieces, TieBreak tie_break) : state_(new State(pieces, tie_break)) {}
+Trainer::~Trainer() = default;
+std::vector<TrainedPair> Trainer::next(size_t n) { return state_->next(n); }
 
 }  // namespace bpe

@@ -6,16 +6,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "isa.h"
+#include "split.h"
 #include "unicode_tables.h"
 
 namespace pretokenize {
-namespace {
-
-constexpr uint8_t kLetter = 1, kNumber = 2, kSpace = 4;
-constexpr uint8_t kUpper = 8;      // [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]
-constexpr uint8_t kLower = 16;     // [\p{Ll}\p{Lm}\p{Lo}\p{M}]
-constexpr uint8_t kNewline = 32;   // [\r\n]
-constexpr uint32_t kCodePoints = 0x110000;
 
 const uint8_t* class_table() {
     static const std::vector<uint8_t> table = [] {
@@ -30,80 +25,7 @@ const uint8_t* class_table() {
     return table.data();
 }
 
-struct Char {
-    uint8_t bits;
-    uint8_t size;  // bytes
-};
-
-bool is_tail(uint8_t b) { return (b & 0xC0) == 0x80; }
-
-// Text with its class table, so that scanners pass one thing around.
-struct Text {
-    const uint8_t* s;
-    size_t n;
-    const uint8_t* classes;
-
-    Char at(size_t i) const {
-        uint8_t b = s[i];
-        if (b < 0x80) return {classes[b], 1};
-        return wide_at(i);
-    }
-
-    // A character of two to four bytes; overlong forms, surrogates and truncated tails are one byte of no class.
-    Char wide_at(size_t i) const {
-        const uint8_t* p = s + i;
-        size_t left = n - i;
-        uint8_t b = p[0];
-        if (b >= 0xC2 && b <= 0xDF && left >= 2 && is_tail(p[1]))
-            return {classes[(b & 0x1Fu) << 6 | (p[1] & 0x3Fu)], 2};
-        if ((b & 0xF0) == 0xE0 && left >= 3 && is_tail(p[1]) && is_tail(p[2])) {
-            uint32_t c = (b & 0x0Fu) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu);
-            if (c >= 0x800 && (c < 0xD800 || c > 0xDFFF)) return {classes[c], 3};
-        }
-        if (b >= 0xF0 && b <= 0xF4 && left >= 4 && is_tail(p[1]) && is_tail(p[2]) && is_tail(p[3])) {
-            uint32_t c = (b & 0x07u) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu);
-            if (c >= 0x10000 && c < kCodePoints) return {classes[c], 4};
-        }
-        return {0, 1};
-    }
-
-    // The end of the run of characters from i that have any of these bits.
-    size_t run(size_t i, uint8_t bits) const {
-        while (i < n) {
-            Char c = at(i);
-            if (!(c.bits & bits)) break;
-            i += c.size;
-        }
-        return i;
-    }
-
-    // The end of the run from i of [^\s\p{L}\p{N}].
-    size_t other_run(size_t i) const {
-        while (i < n) {
-            Char c = at(i);
-            if (c.bits & (kSpace | kLetter | kNumber)) break;
-            i += c.size;
-        }
-        return i;
-    }
-
-    bool has(size_t i, uint8_t bits) const { return i < n && (at(i).bits & bits); }
-};
-
-// The end of 's 't 'd 'm 'll 've 're at i, or i. With any_case, letters match as under (?i): U+017F is an s too.
-size_t contraction_end(const Text& t, size_t i, bool any_case) {
-    if (i + 1 >= t.n || t.s[i] != '\'') return i;
-    auto letter = [&](size_t k) -> uint8_t {
-        if (k >= t.n) return 0;
-        uint8_t b = t.s[k];
-        return any_case && b >= 'A' && b <= 'Z' ? b + 32 : b;
-    };
-    uint8_t a = letter(i + 1), b = letter(i + 2);
-    if (a == 's' || a == 't' || a == 'd' || a == 'm') return i + 2;
-    if ((a == 'l' && b == 'l') || ((a == 'v' || a == 'r') && b == 'e')) return i + 3;
-    if (any_case && a == 0xC5 && b == 0xBF) return i + 3;
-    return i;
-}
+namespace {
 
 // How the whitespace alternatives at the end of a pattern treat a run of \s.
 enum class Blank {
@@ -219,7 +141,7 @@ Pattern pattern_of(const char* name) {
 
 size_t piece_end(Pattern pattern, const uint8_t* text, size_t n, size_t start) {
     static const uint8_t* const classes = class_table();
-    Text t{text, n, classes};
+    const Text t{text, n, classes};
     switch (pattern) {
         case Pattern::gpt2: return gpt2_end(t, start);
         case Pattern::cl100k: return word_end(t, start, 3, Blank::end_first);
@@ -230,17 +152,47 @@ size_t piece_end(Pattern pattern, const uint8_t* text, size_t n, size_t start) {
     return n;
 }
 
+size_t scan_portable(Pattern pattern, const uint8_t* text, size_t n, size_t start, size_t* ends, size_t room) {
+    size_t count = 0;
+    while (start < n && count < room) ends[count++] = start = piece_end(pattern, text, n, start);
+    return count;
+}
+
+Splitter::Splitter(Pattern pattern, std::string_view text) : pattern_(pattern), text_(text) {}
+
+size_t Splitter::next(size_t* ends, size_t room) {
+#if defined(__x86_64__)
+    static const ScanFunction scan =
+        isa() == "avx512" ? scan_avx512 : isa() == "avx2" ? scan_avx2 : scan_portable;
+#else
+    static const ScanFunction scan = scan_portable;
+#endif
+    size_t count = scan(pattern_, reinterpret_cast<const uint8_t*>(text_.data()), text_.size(), at_, ends, room);
+    if (count) at_ = ends[count - 1];
+    return count;
+}
+
 // Two cuts are safe under all patterns: before a space between two ASCII letters (a word ends there, and a new one
 // begins with the space), and after a newline between two characters that are not whitespace when the second is a
 // letter (the newline closes a piece, or is one).
+static bool is_safe_cut(const uint8_t* text, size_t n, size_t i) {
+    if (i + 1 >= n) return false;
+    if (text[i] == ' ' && is_ascii_letter(text[i - 1]) && is_ascii_letter(text[i + 1])) return true;
+    if (text[i - 1] != '\n' || i < 2 || !(is_ascii_letter(text[i]) || is_cjk_lead(text[i]))) return false;
+    bool visible = text[i - 2] > ' ' && text[i - 2] < 0x7F;
+    return visible || (i >= 4 && is_cjk_lead(text[i - 4]) && is_tail(text[i - 3]) && is_tail(text[i - 2]));
+}
+
 size_t safe_cut(const uint8_t* text, size_t n, size_t from) {
-    for (size_t i = from > 0 ? from : 1; i + 1 < n; i++) {
-        if (text[i] == ' ' && is_ascii_letter(text[i - 1]) && is_ascii_letter(text[i + 1])) return i;
-        if (text[i - 1] != '\n' || i < 2 || !(is_ascii_letter(text[i]) || is_cjk_lead(text[i]))) continue;
-        bool visible = text[i - 2] > ' ' && text[i - 2] < 0x7F;
-        if (visible || (i >= 4 && is_cjk_lead(text[i - 4]) && is_tail(text[i - 3]) && is_tail(text[i - 2]))) return i;
-    }
+    for (size_t i = from > 0 ? from : 1; i + 1 < n; i++)
+        if (is_safe_cut(text, n, i)) return i;
     return n;
+}
+
+size_t last_safe_cut(const uint8_t* text, size_t n) {
+    for (size_t i = n; i > 1; i--)
+        if (is_safe_cut(text, n, i - 1)) return i - 1;
+    return 0;
 }
 
 std::vector<Span> cut_texts(const std::vector<std::string_view>& texts, size_t target) {

@@ -16,12 +16,28 @@ enum class Pattern : uint8_t { gpt2, cl100k, o200k, llama3, qwen2 };
 // The pattern of a name such as "gpt2". Throws std::invalid_argument for an unknown one.
 Pattern pattern_of(const char* name);
 
-// The end of the piece that starts at text[start]. Needs start < n; the result is > start and <= n.
-size_t piece_end(Pattern pattern, const uint8_t* text, size_t n, size_t start);
+// The pieces of one text, some at a time.
+class Splitter {
+public:
+    static constexpr size_t kRoom = 256;
+
+    Splitter(Pattern pattern, std::string_view text);
+    // Writes where the next pieces end (they follow one another), at most `room` (64 or more) of them, and returns how
+    // many; 0 when none is left.
+    size_t next(size_t* ends, size_t room = kRoom);
+
+private:
+    Pattern pattern_;
+    std::string_view text_;
+    size_t at_ = 0;
+};
 
 // The first position in [from, n) where text may be cut so that both halves, split on their own, give the pieces of the
 // whole under every pattern; n if there is none.
 size_t safe_cut(const uint8_t* text, size_t n, size_t from);
+
+// The last position at which text may be cut in that sense, found from the end; 0 if there is none but the beginning.
+size_t last_safe_cut(const uint8_t* text, size_t n);
 
 // A stretch of the text number `owner`.
 struct Span {
@@ -37,11 +53,14 @@ uint8_t class_of(uint32_t code_point);
 
 // Calls visit(pointer, length) for each piece of text, in order.
 template <class Visit>
-void for_each_piece(Pattern pattern, const uint8_t* text, size_t n, Visit&& visit) {
-    for (size_t i = 0; i < n;) {
-        size_t end = piece_end(pattern, text, n, i);
-        visit(text + i, end - i);
-        i = end;
+void for_each_piece(Pattern pattern, std::string_view text, Visit&& visit) {
+    Splitter splitter(pattern, text);
+    size_t ends[Splitter::kRoom], start = 0;
+    while (size_t count = splitter.next(ends)) {
+        for (size_t i = 0; i < count; i++) {
+            visit(reinterpret_cast<const uint8_t*>(text.data()) + start, ends[i] - start);
+            start = ends[i];
+        }
     }
 }
 

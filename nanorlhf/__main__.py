@@ -113,21 +113,8 @@ def report(out: str = "runs/first") -> None:
     print(write_report(Path(out)))
 
 
-def tokenizer(path: tyro.conf.Positional[str], text: tyro.conf.Positional[str],
-              json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """Show the tokens of a text.
-
-    Args:
-        path: A folder with a tokenizer, for example runs/first/tokenizer, a tokenizer.json or a .tiktoken file.
-        text: What to encode.
-        json: Print ids and pieces as JSON.
-    """
-    from .tokenizer import Tokenizer
-
-    tok = Tokenizer.load(path)
-    ids = tok.encode(text)
-    pieces = [tok.decode_bytes([i]).decode("utf-8", "replace") for i in ids]
-    print(json.dumps({"ids": ids, "pieces": pieces}) if json_ else "  ".join(f"{i}:{p!r}" for i, p in zip(ids, pieces)))
+def tokenizer() -> None:
+    """Train a vocabulary, encode, decode, look into one: nanorlhf tokenizer --help."""
 
 
 def data(offline: bool = False, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
@@ -174,7 +161,14 @@ VERBS = {"pretrain": _stage("base"), "sft": _stage("sft"), "reward": _stage("rew
 def main() -> None:
     """Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
     try:
-        verbs = {"run": _run(_preset(sys.argv[1:])), **VERBS}
+        words = sys.argv[1:]
+        if words[:1] == ["tokenizer"]:
+            from . import tokenizer_cli
+
+            tyro.extras.subcommand_cli_from_dict(tokenizer_cli.VERBS, prog="nanorlhf tokenizer", args=words[1:],
+                                                 description=tokenizer_cli.__doc__)
+            return
+        verbs = {"run": _run(_preset(words)), **VERBS}
         tyro.extras.subcommand_cli_from_dict(verbs, prog="nanorlhf", description=__doc__)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         sentence = error.args[0] if isinstance(error, KeyError) else error

@@ -15,13 +15,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
 from nanorlhf import _C
 from nanorlhf.pretokenize import PATTERNS, known_pattern, pieces
 from nanorlhf.tokenizer_json import Vocabulary, read_folder, read_json, read_tiktoken, write_folder
 
 TIE_BREAKS = ("hf", "raw", "first")
-_BATCH_BYTES = 1 << 26  # text gathered before the native counter is called
+_BATCH_BYTES = 1 << 24  # text gathered before the native counter is called
+_MERGES = 1024  # merges between two looks at the keyboard
 
 
 def _utf8(text: str | bytes, caller: str) -> bytes:
@@ -55,7 +58,14 @@ class Tokenizer:
         v.pattern = known_pattern(v.pattern)
         specials = sorted(v.special_tokens.values())
         by_bytes = v.merges is None
-        self._model = _C.BpeModel(v.tokens, specials, v.merges or [], v.results, by_bytes, v.whole_piece_first)
+        self._model = _C.BpeModel(v.tokens, specials, v.merges or [], v.results, by_bytes, v.whole_piece_first,
+                                  v.pattern if v.pattern in PATTERNS else "")
+        self._direct = v.pattern in PATTERNS and not v.nfc
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Everything that the tokenizer is, as plain data. Not to be changed."""
+        return self._vocabulary
 
     @property
     def vocab_size(self) -> int:
@@ -91,15 +101,19 @@ class Tokenizer:
         pattern: str = "gpt4",
         special_tokens: Sequence[str] = (),
         tie_break: str = "hf",
+        threads: int | None = None,
+        progress: bool = False,
     ) -> Tokenizer:
         """Learns a vocabulary: ids 0 to 255 are the bytes, then the merges in order, then the special tokens.
 
         texts_or_paths  texts (str or bytes) and files (pathlib.Path or other os.PathLike), in any mixture; each is one
-                        document, and special tokens' texts in it are plain text
+                        document, and special tokens' texts in it are plain text; files are read a part at a time
         vocab_size      all tokens, special ones included
         pattern         gpt2, cl100k (also gpt4), o200k, llama3, qwen2, or a regular expression
         tie_break       which of several pairs of equal count merges first: "hf" as Hugging Face's trainer, "raw" the
                         lowest (left, right) ids, "first" the first in the text
+        threads         that count the text; default: as many as there are cores
+        progress        whether to show a bar on the standard error
 
         Raises ValueError when the text cannot give that many tokens, or a file is missing or empty.
         """
@@ -112,8 +126,16 @@ class Tokenizer:
         if not isinstance(vocab_size, (int, np.integer)) or vocab_size < fixed:
             raise ValueError(f"Tokenizer.train: expected vocab_size of at least {fixed}, got {vocab_size}")
         pattern = known_pattern(pattern)
-        training = _count(texts_or_paths, pattern)
-        merges = training.merges(vocab_size - fixed, TIE_BREAKS.index(tie_break))
+        with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=not progress) as bar:
+            training = _count(texts_or_paths, pattern, threads or _default_threads(), bar)
+            training.finish(TIE_BREAKS.index(tie_break))
+            merges, task = [], bar.add_task("merges", total=vocab_size - fixed)
+            while len(merges) < vocab_size - fixed:
+                found = training.merges(min(_MERGES, vocab_size - fixed - len(merges)))
+                if not found:
+                    break
+                merges += found
+                bar.update(task, completed=len(merges))
         if len(merges) < vocab_size - fixed:
             raise ValueError(
                 f"Tokenizer.train: expected vocab_size of at most {fixed + len(merges)}, "
@@ -160,7 +182,8 @@ class Tokenizer:
         >>> tok.encode("a<|end|>"), tok.encode("a<|end|>", allowed_special="all")
         ([97, 60, 124, 101, 110, 100, 124, 62], [97, 256])
         """
-        data = self._normalized(_utf8(text, "Tokenizer.encode"))
+        if self._direct and not allowed_special:
+            return self._model.encode(text, [])
         known = self._vocabulary.special_tokens
         names = list(known) if allowed_special == "all" else allowed_special
         names = [names] if isinstance(names, str) else list(names)
@@ -168,9 +191,10 @@ class Tokenizer:
         if unknown:
             raise ValueError(f"Tokenizer.encode: expected allowed_special among {sorted(known)}, got {unknown[0]!r}")
         specials = [(self._vocabulary.tokens[known[name]], known[name]) for name in names]
+        data = self._normalized(text)
         if self.pattern in PATTERNS:
-            return self._model.encode(self.pattern, data, specials)
-        return self._encode_by_regex(data, dict(specials))
+            return self._model.encode(data, specials)
+        return self._encode_by_regex(_utf8(data, "Tokenizer.encode"), dict(specials))
 
     def encode_batch(self, texts: Iterable[str | bytes], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Many texts as plain text: (ids int32 (N,), offsets int64 (B+1,)); text i is ids[offsets[i]:offsets[i+1]].
@@ -179,37 +203,49 @@ class Tokenizer:
         >>> ids.tolist(), offsets.tolist()
         ([97, 98, 99], [0, 2, 2, 3])
         """
-        if isinstance(texts, (str, bytes)):
-            raise ValueError(f"Tokenizer.encode_batch: expected a list of texts, got {type(texts).__name__}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"Tokenizer.encode_batch: expected threads of at least 1, got {threads}")
+        texts, threads = self._batch(texts, threads, "Tokenizer.encode_batch")
         if self.pattern in PATTERNS:
-            data = [self._normalized(_utf8(text, "Tokenizer.encode_batch")) for text in texts]
-            return self._model.encode_batch(self.pattern, data, threads or _default_threads())
+            return self._model.encode_batch(texts, threads)
         ids = [self.encode(text) for text in texts]
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         return np.array([i for one in ids for i in one], np.int32), offsets
 
+    def encode_lists(self, texts: Iterable[str | bytes], threads: int | None = None) -> list[list[int]]:
+        """Many texts as plain text: a list of ids for each.
+
+        >>> Tokenizer.train([], 256).encode_lists(["ab", "", "c"])
+        [[97, 98], [], [99]]
+        """
+        texts, threads = self._batch(texts, threads, "Tokenizer.encode_lists")
+        if self.pattern in PATTERNS:
+            return self._model.encode_lists(texts, threads)
+        return [self.encode(text) for text in texts]
+
+    def _batch(self, texts: Iterable[str | bytes], threads: int | None, caller: str) -> tuple[Iterable, int]:
+        if isinstance(texts, (str, bytes)):
+            raise ValueError(f"{caller}: expected a list of texts, got {type(texts).__name__}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"{caller}: expected threads of at least 1, got {threads}")
+        return [self._normalized(text) for text in texts] if self._vocabulary.nfc else texts, threads or _default_threads()
+
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of ids. Raises KeyError for an id that the vocabulary does not have."""
-        array = np.asarray(ids)
-        if array.size and array.dtype.kind not in "iu":
-            raise ValueError(f"Tokenizer.decode: expected integer ids, got dtype {array.dtype}")
-        return self._model.decode(array.astype(np.int64).reshape(-1))
+        return self._model.decode_bytes(ids)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, with U+FFFD for bytes that are not UTF-8. Raises KeyError for an unknown id."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        return self._model.decode(ids)
 
     def stream(self) -> TokenStream:
         """A decoder that takes one id at a time."""
         return TokenStream(self)
 
-    def _normalized(self, data: bytes) -> bytes:
+    def _normalized(self, text: str | bytes) -> str | bytes:
         if not self._vocabulary.nfc:
-            return data
-        text = unicodedata.normalize("NFC", data.decode("utf-8", "surrogateescape"))
-        return text.encode("utf-8", "surrogateescape")
+            return text
+        data = _utf8(text, "Tokenizer.encode")
+        normal = unicodedata.normalize("NFC", data.decode("utf-8", "surrogateescape"))
+        return normal.encode("utf-8", "surrogateescape")
 
     def _encode_by_regex(self, data: bytes, specials: dict[bytes, int]) -> list[int]:
         longest_first = sorted(specials, key=len, reverse=True)
@@ -249,42 +285,55 @@ class TokenStream:
         return text
 
 
-def _count(texts_or_paths: Iterable[str | bytes | os.PathLike], pattern: str) -> _C.BpeTraining:
+def _count(texts_or_paths: Iterable[str | bytes | os.PathLike], pattern: str, threads: int,
+           bar: Progress) -> _C.BpeTraining:
     """Counts the pieces of texts and files, in their order."""
     if isinstance(texts_or_paths, (str, bytes)):
         raise ValueError(f"Tokenizer.train: expected a list of texts or paths, got {type(texts_or_paths).__name__}")
     if isinstance(texts_or_paths, os.PathLike):
         texts_or_paths = [texts_or_paths]
-    training = _C.BpeTraining(_default_threads())
-    batch: list[bytes] | list[str] = []
-    batch_is_files, size = False, 0
+    if threads < 1:
+        raise ValueError(f"Tokenizer.train: expected threads of at least 1, got {threads}")
+    training, task = _C.BpeTraining(threads), bar.add_task("bytes", total=None)
+    batch: list[bytes] = []
+    size = 0
 
     def flush() -> None:
         nonlocal batch, size
-        if pattern not in PATTERNS:
+        if pattern in PATTERNS:
+            training.add(pattern, batch)
+        else:
             for text in batch:
-                training.add_pieces(pieces(pattern, _read(text) if batch_is_files else text))
-        elif batch:
-            training.add_files(pattern, batch) if batch_is_files else training.add(pattern, batch)
+                training.add_pieces(pieces(pattern, text))
+        bar.update(task, advance=size)
         batch, size = [], 0
 
     for item in texts_or_paths:
-        is_file = isinstance(item, os.PathLike)
-        if is_file != batch_is_files or size > _BATCH_BYTES:
-            flush()
-        batch_is_files = is_file
-        batch.append(os.fspath(item) if is_file else _utf8(item, "Tokenizer.train"))
-        size += 0 if is_file else len(batch[-1])
+        for text in _parts(item, pattern in PATTERNS) if isinstance(item, os.PathLike) else [_utf8(item, "Tokenizer.train")]:
+            batch.append(text)
+            size += len(text)
+            if size >= _BATCH_BYTES:
+                flush()
     flush()
     return training
 
 
-def _read(path: str) -> bytes:
-    """A whole file, for patterns that have no native scanner."""
+def _parts(path: os.PathLike, may_cut: bool) -> Iterable[bytes]:
+    """A file in parts, cut where a cut changes no piece; whole for patterns of which that is not known."""
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            rest = b"" if may_cut else file.read()
+            empty = not rest
+            while may_cut and (block := file.read(_BATCH_BYTES)):
+                empty = False
+                rest = rest + block if rest else block
+                cut = _C.last_safe_cut(rest)
+                if cut:
+                    yield rest[:cut]
+                    rest = rest[cut:]
     except OSError as error:
-        raise ValueError(f"Tokenizer.train: expected a readable file, got {path}") from error
-    if not data:
-        raise ValueError(f"Tokenizer.train: expected text in {path}, got an empty file")
-    return data
+        raise ValueError(f"Tokenizer.train: expected a readable file, got {os.fspath(path)}") from error
+    if empty:
+        raise ValueError(f"Tokenizer.train: expected text in {os.fspath(path)}, got an empty file")
+    if rest:
+        yield rest

@@ -12,20 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports of nanorlhf go down or stay on their floor.
 FLOORS = [
     {"_C", "_cuda"},
-    {"ops", "tokenizer", "tokenizer_json", "pretokenize", "chat"},
+    {"ops", "tokenizer", "tokenizer_json", "tokenizer_twin", "pretokenize", "chat"},
     {"model", "lora", "quant", "data", "optim", "checkpoint", "parallel", "interop", "config", "metrics"},
     {"engine", "assistant"},
     {"train", "evals"},
     {"serve", "assist", "run", "stages", "comparison", "progress"}
     | {"report", "report_charts", "report_page", "report_results", "report_training"},
-    {"__main__", "lab"},
+    {"__main__", "tokenizer_cli", "lab"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STAGES = {"pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo", "best_of_n"}  # these never import one another
 NATIVE_ROOMS = {"ops", "tokenizer", "pretokenize", "chat", "__init__", "run"}  # the only ones that touch _C and _cuda
 
 # A native file is tested under its own stem, or under that of the Python module which is its public face.
-FACES = {"bpe": "tokenizer", "pretokenize": "tokenizer", "isa": "backend"}
+FACES = {"bpe": "tokenizer", "pretokenize": "tokenizer", "scan": "tokenizer", "split": "tokenizer", "isa": "backend"}
 # Compiled once an instruction set from the same code, which is tested where it is called.
 PER_ISA = re.compile(r"_(portable|sse\w*|avx\w*|amx\w*|neon|sve\w*|sm\d+\w*)$")
 

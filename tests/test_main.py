@@ -74,7 +74,7 @@ def test_a_conversation_ends_at_an_empty_line_or_at_the_end_of_the_input(tiny_ru
     (["run", "--resume", "--out", "OUT"], "holds no run to resume"),
     (["ppo", "--out", "OUT"], "holds no run to resume"),
     (["report", "--out", "OUT"], "expected report.json or metrics.jsonl in"),
-    (["tokenizer", "nowhere", "text"], "nowhere"),
+    (["tokenizer", "inspect", "nowhere", "text"], "nowhere"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_and_exit_code_2(command, tmp_path, words, sentence):
     (tmp_path / "empty.txt").write_text("")
@@ -152,10 +152,10 @@ def test_ctrl_c_is_exit_code_130_with_the_way_to_go_on(command, monkeypatch):
 
 
 def test_the_tokens_of_a_text_are_shown(tiny_run, command):
-    code, out, _ = command("tokenizer", tiny_run.folder / "tokenizer", "def f(x):", "--json")
+    code, out, _ = command("tokenizer", "inspect", tiny_run.folder / "tokenizer", "def f(x):", "--json")
     shown = json.loads(out)
     assert code == 0 and "".join(shown["pieces"]) == "def f(x):" and len(shown["ids"]) == len(shown["pieces"])
-    _, out, _ = command("tokenizer", tiny_run.folder / "tokenizer", "def f(x):")
+    _, out, _ = command("tokenizer", "inspect", tiny_run.folder / "tokenizer", "def f(x):")
     assert out.split("  ")[0] == f"{shown['ids'][0]}:{shown['pieces'][0]!r}"
 
 

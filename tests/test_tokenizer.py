@@ -126,7 +126,7 @@ def test_decoding_an_unknown_id_is_a_key_error(ids):
 def test_decoding_takes_lists_and_arrays_of_integers_only():
     ids = TOK.encode(SAMPLE)
     assert TOK.decode(np.array(ids, np.int32)) == TOK.decode(tuple(ids)) == SAMPLE and TOK.decode([]) == ""
-    with pytest.raises(ValueError, match="expected integer ids, got dtype float64"):
+    with pytest.raises(ValueError, match="expected integer ids, got float"):
         TOK.decode([1.5])
 
 
@@ -295,7 +295,7 @@ def test_files_that_cannot_be_read_are_errors(tmp_path):
 
 
 def test_bad_texts_are_errors():
-    with pytest.raises(ValueError, match="Tokenizer.encode: expected str or bytes, got int"):
+    with pytest.raises(ValueError, match="Tokenizer: expected str or bytes, got int"):
         TOK.encode(7)
     with pytest.raises(ValueError, match="Tokenizer.encode_batch: expected a list of texts, got str"):
         TOK.encode_batch("text")

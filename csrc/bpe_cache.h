@@ -1,0 +1,194 @@
+// What a thread remembers of the pieces that it has encoded. Of fixed size: new pieces push out old ones.
+#pragma once
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "bpe_hash.h"
+
+namespace bpe {
+
+// Ids in the order in which they are made. Room is asked for before it is written to, without clearing it.
+class Ids {
+public:
+    Ids() = default;
+    Ids(Ids&& other) noexcept
+        : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)),
+          capacity_(std::exchange(other.capacity_, 0)) {}
+    Ids& operator=(Ids&& other) noexcept {
+        std::swap(data_, other.data_), std::swap(size_, other.size_), std::swap(capacity_, other.capacity_);
+        return *this;
+    }
+    ~Ids() { std::free(data_); }
+
+    uint32_t* data() const { return data_; }
+    size_t size() const { return size_; }
+    uint32_t* end() const { return data_ + size_; }
+    void clear() { size_ = 0; }
+    void set_end(const uint32_t* end) { size_ = static_cast<size_t>(end - data_); }
+    void push_back(uint32_t id) {
+        room_for(1);
+        data_[size_++] = id;
+    }
+    void append(const uint32_t* ids, size_t n) {
+        room_for(n);
+        if (n) std::memcpy(data_ + size_, ids, n * sizeof(*ids));
+        size_ += n;
+    }
+    void room_for(size_t more) {
+        if (size_ + more > capacity_) grow(size_ + more);
+    }
+    // Hands the memory over; free() it.
+    uint32_t* release() {
+        size_ = capacity_ = 0;
+        return std::exchange(data_, nullptr);
+    }
+
+private:
+    uint32_t* data_ = nullptr;
+    size_t size_ = 0, capacity_ = 0;
+
+    void grow(size_t least) {
+        size_t wanted = std::max<size_t>(least, capacity_ + capacity_ / 2 + 1024);
+        void* moved = std::realloc(data_, wanted * sizeof(*data_));
+        if (!moved) throw std::bad_alloc();
+        data_ = static_cast<uint32_t*>(moved);
+        capacity_ = wanted;
+    }
+};
+
+// Zeroed memory that costs nothing until it is touched, in large pages where the system has them.
+class Pages {
+public:
+    explicit Pages(size_t bytes) : size_(bytes + kHuge) {
+        base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (base_ == MAP_FAILED) throw std::bad_alloc();
+        aligned_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(base_) + kHuge - 1) & ~(kHuge - 1));
+#ifdef MADV_HUGEPAGE
+        madvise(aligned_, bytes, MADV_HUGEPAGE);
+#endif
+    }
+    Pages(const Pages&) = delete;
+    Pages& operator=(const Pages&) = delete;
+    ~Pages() { munmap(base_, size_); }
+    void* get() const { return aligned_; }
+
+private:
+    static constexpr uintptr_t kHuge = 2u << 20;
+    size_t size_;
+    void* base_;
+    void* aligned_;
+};
+
+// Which bits of 16 bytes belong to a piece of n.
+struct PieceMasks {
+    uint64_t low[16], high[16];
+    constexpr PieceMasks() : low(), high() {
+        for (size_t n = 0; n <= 15; n++) {
+            low[n] = n >= 8 ? ~0ull : (1ull << (8 * n)) - 1;
+            high[n] = n <= 8 ? 0 : (1ull << (8 * (n - 8))) - 1;
+        }
+    }
+};
+inline constexpr PieceMasks kPieceMasks{};
+
+class PieceCache {
+public:
+    static constexpr size_t kShort = 15;  // bytes of a piece that has a slot of its own
+
+    // A piece of up to 15 bytes with its size in the last byte, and up to four ids with their number in the top bits of
+    // the first. Of more ids, the slot says where they are: kElsewhere, their place and their number.
+    struct Slot {
+        uint64_t low, high;
+        uint32_t ids[4];
+    };
+    static constexpr uint32_t kIdBits = (1u << 28) - 1, kElsewhere = 15;
+
+    // The key of a piece of 1 to 15 bytes from 16 readable bytes at p.
+    static void key_of(const uint8_t* p, size_t n, uint64_t& low, uint64_t& high) {
+        std::memcpy(&low, p, 8);
+        std::memcpy(&high, p + 8, 8);
+        low &= kPieceMasks.low[n];
+        high = (high & kPieceMasks.high[n]) | static_cast<uint64_t>(n) << 56;
+    }
+    static uint64_t hash_of(uint64_t low, uint64_t high) {
+        return mix(low ^ 0x9E3779B97F4A7C15u, high ^ 0xD6E8FEB86659FD93u);
+    }
+
+    // The two slots that may hold a piece of that hash.
+    Slot* bucket(uint64_t hash) const { return slots_ + 2 * (hash & (kBuckets - 1)); }
+
+    const uint32_t* elsewhere(const Slot& slot) const { return words_ + slot.ids[1]; }
+
+    void keep(uint64_t low, uint64_t high, uint64_t hash, const uint32_t* ids, size_t n_ids) {
+        Slot slot{low, high, {}};
+        if (n_ids <= 4) {
+            std::memcpy(slot.ids, ids, n_ids * sizeof(*ids));
+            slot.ids[0] |= static_cast<uint32_t>(n_ids) << 28;
+        } else {
+            const size_t at = room_for(n_ids);
+            std::memcpy(words_ + at, ids, n_ids * sizeof(*ids));
+            slot.ids[0] = kElsewhere << 28;
+            slot.ids[1] = static_cast<uint32_t>(at);
+            slot.ids[2] = static_cast<uint32_t>(n_ids);
+        }
+        // The first comer keeps its place, since what is frequent comes early; the second place is for the latest.
+        Slot* two = bucket(hash);
+        two[two->high ? 1 : 0] = slot;
+    }
+
+    // The same for pieces of more bytes; null if they are not there.
+    const void* place_of_long(uint64_t hash) const { return &longs_[hash & (kLongs - 1)]; }
+
+    const uint32_t* find_long(const uint8_t* piece, size_t n, uint64_t hash, size_t& n_ids) const {
+        const Long& entry = longs_[hash & (kLongs - 1)];
+        if (entry.hash != hash || entry.size != n) return nullptr;
+        const uint32_t* held = words_ + entry.offset;
+        if (std::memcmp(held, piece, n)) return nullptr;
+        n_ids = entry.n_ids;
+        return held + (n + 3) / 4;
+    }
+
+    void keep_long(const uint8_t* piece, size_t n, uint64_t hash, const uint32_t* ids, size_t n_ids) {
+        if (n > kLongest) return;
+        const size_t at = room_for((n + 3) / 4 + n_ids);
+        longs_[hash & (kLongs - 1)] = {hash, static_cast<uint32_t>(at), static_cast<uint16_t>(n),
+                                       static_cast<uint16_t>(n_ids)};
+        std::memcpy(words_ + at, piece, n);
+        std::memcpy(words_ + at + (n + 3) / 4, ids, n_ids * sizeof(*ids));
+    }
+
+    Ids scratch;  // for ids that leave in another form
+
+private:
+    static constexpr size_t kBuckets = 1 << 17, kLongs = 1 << 15, kWords = 1 << 21, kLongest = 1024;
+    struct Long {
+        uint64_t hash;
+        uint32_t offset;  // in words_: the bytes, then the ids
+        uint16_t size, n_ids;
+    };
+
+    Pages pages_{2 * kBuckets * sizeof(Slot) + kLongs * sizeof(Long) + kWords * sizeof(uint32_t)};
+    Slot* slots_ = static_cast<Slot*>(pages_.get());
+    Long* longs_ = reinterpret_cast<Long*>(slots_ + 2 * kBuckets);
+    uint32_t* words_ = reinterpret_cast<uint32_t*>(longs_ + kLongs);
+    size_t used_ = 1;  // word 0 is nobody's
+
+    // The place of that many words. When all are taken, everything is forgotten.
+    size_t room_for(size_t words) {
+        if (used_ + words > kWords) {
+            std::memset(pages_.get(), 0, 2 * kBuckets * sizeof(Slot) + kLongs * sizeof(Long));
+            used_ = 1;
+        }
+        used_ += words;
+        return used_ - words;
+    }
+};
+
+}  // namespace bpe

@@ -1,0 +1,159 @@
+#include "bpe_count.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <thread>
+
+#include "bpe_cache.h"
+#include "bpe_hash.h"
+
+namespace bpe {
+namespace {
+
+const uint8_t* data(std::string_view s) { return reinterpret_cast<const uint8_t*>(s.data()); }
+
+}  // namespace
+
+std::string_view PieceTable::piece(size_t i) const {
+    const Entry& e = entries_[i];
+    const size_t n = e.high >> 56;
+    if (n <= PieceCache::kShort) return {reinterpret_cast<const char*>(&e), n};
+    return {arena_.data() + e.low, static_cast<size_t>(~e.high)};
+}
+
+bool PieceTable::same(const Entry& e, const Key& key, std::string_view piece) const {
+    if (piece.size() <= PieceCache::kShort) return e.low == key.low && e.high == key.high;
+    return e.high == key.high && !std::memcmp(arena_.data() + e.low, piece.data(), piece.size());
+}
+
+void PieceTable::grow() {
+    slots_.assign(std::max<size_t>(4096, slots_.size() * 2), 0);
+    const size_t mask = slots_.size() - 1;
+    for (size_t e = 0; e < entries_.size(); e++) {
+        std::string_view p = piece(e);
+        const uint64_t hash = p.size() <= PieceCache::kShort ? PieceCache::hash_of(entries_[e].low, entries_[e].high)
+                                                             : hash_bytes(data(p), p.size());
+        size_t i = hash & mask;
+        while (slots_[i]) i = (i + 1) & mask;
+        slots_[i] = (hash & ~0xFFFFFFFFull) | (e + 1);
+    }
+}
+
+void PieceTable::count_key(const Key& key, std::string_view piece, int64_t count, uint64_t first) {
+    if (2 * (entries_.size() + 1) > slots_.size()) grow();
+    const size_t mask = slots_.size() - 1;
+    for (size_t i = key.hash & mask;; i = (i + 1) & mask) {
+        if (!slots_[i]) {
+            if (entries_.size() >= 0xFFFFFFFEu) throw std::length_error("Tokenizer.train: 4 billion distinct pieces");
+            const bool is_short = piece.size() <= PieceCache::kShort;
+            entries_.push_back({is_short ? key.low : arena_.size(), key.high, count, first});
+            if (!is_short) arena_.append(piece);
+            slots_[i] = (key.hash & ~0xFFFFFFFFull) | entries_.size();
+            return;
+        }
+        if ((slots_[i] ^ key.hash) >> 32) continue;
+        Entry& e = entries_[static_cast<uint32_t>(slots_[i]) - 1];
+        if (!same(e, key, piece)) continue;
+        e.count += count;
+        e.first = std::min(e.first, first);
+        return;
+    }
+}
+
+void PieceTable::add_piece(std::string_view piece, int64_t count, uint64_t first) {
+    Key key{0, ~static_cast<uint64_t>(piece.size()), 0};
+    if (piece.size() <= PieceCache::kShort) {
+        uint8_t padded[16] = {};
+        std::memcpy(padded, piece.data(), piece.size());
+        PieceCache::key_of(padded, piece.size(), key.low, key.high);
+        key.hash = PieceCache::hash_of(key.low, key.high);
+    } else {
+        key.hash = hash_bytes(data(piece), piece.size());
+    }
+    count_key(key, piece, count, first);
+}
+
+// As in the encoder: first where each of the next pieces would be, then what is there.
+void PieceTable::add(pretokenize::Pattern pattern, std::string_view text, uint64_t place) {
+    constexpr size_t kRoom = pretokenize::Splitter::kRoom;
+    pretokenize::Splitter splitter(pattern, text);
+    size_t ends[kRoom], start = 0;
+    Key keys[kRoom];
+    while (size_t count = splitter.next(ends)) {
+        if (2 * (entries_.size() + count) > slots_.size()) grow();
+        size_t begin = start;
+        for (size_t i = 0; i < count; begin = ends[i++]) {
+            Key& key = keys[i];
+            const size_t n = ends[i] - begin;
+            if (n <= PieceCache::kShort) {
+                uint8_t padded[16] = {};
+                const uint8_t* p = data(text) + begin;
+                if (text.size() - begin < 16) p = static_cast<const uint8_t*>(std::memcpy(padded, p, n));
+                PieceCache::key_of(p, n, key.low, key.high);
+                key.hash = PieceCache::hash_of(key.low, key.high);
+            } else {
+                key = {0, ~static_cast<uint64_t>(n), hash_bytes(data(text) + begin, n)};
+            }
+            __builtin_prefetch(&slots_[key.hash & (slots_.size() - 1)]);
+        }
+        for (size_t i = 0; i < count; start = ends[i++])
+            count_key(keys[i], text.substr(start, ends[i] - start), 1, place + start);
+    }
+}
+
+void PieceTable::add_table(const PieceTable& other) {
+    for (size_t i = 0; i < other.size(); i++) add_piece(other.piece(i), other.entries_[i].count, other.entries_[i].first);
+}
+
+void PieceTable::finish() {
+    slots_ = {};
+    std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.first < b.first; });
+}
+
+// Every thread takes the next stretch of text when it is done with one.
+void PieceCounter::add(pretokenize::Pattern pattern, const std::vector<std::string_view>& texts) {
+    constexpr size_t kStretch = 1 << 18;
+    const auto spans = pretokenize::cut_texts(texts, kStretch);
+    std::vector<uint64_t> places;
+    for (const auto& span : spans) {
+        places.push_back(place_);
+        place_ += span.text.size();
+    }
+    std::atomic<size_t> next{0};
+    const size_t n_workers = std::min(tables_.size(), std::max<size_t>(spans.size(), 1));
+    std::vector<std::exception_ptr> errors(n_workers);
+    auto work = [&](size_t w) {
+        try {
+            for (size_t i; (i = next++) < spans.size();) tables_[w].add(pattern, spans[i].text, places[i]);
+        } catch (...) {
+            errors[w] = std::current_exception();
+        }
+    };
+    std::vector<std::thread> workers;
+    for (size_t w = 1; w < n_workers; w++) workers.emplace_back(work, w);
+    work(0);
+    for (auto& w : workers) w.join();
+    for (auto& e : errors)
+        if (e) std::rethrow_exception(e);
+}
+
+void PieceCounter::add_pieces(const std::vector<std::string_view>& pieces) {
+    for (std::string_view p : pieces) {
+        tables_[0].add_piece(p, 1, place_);
+        place_ += p.size();
+    }
+}
+
+PieceTable PieceCounter::finish() {
+    for (size_t i = 1; i < tables_.size(); i++) {
+        tables_[0].add_table(tables_[i]);
+        tables_[i] = PieceTable();
+    }
+    tables_[0].finish();
+    return std::move(tables_[0]);
+}
+
+}  // namespace bpe
