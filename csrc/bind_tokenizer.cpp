@@ -241,11 +241,13 @@ private:
     }
 };
 
-py::list pieces_of(const std::string& pattern, const py::bytes& text) {
+py::list pieces_of(const std::string& pattern, const py::bytes& text, const std::string& isa) {
     std::string_view bytes = view(text);
+    pretokenize::Splitter splitter(pretokenize::pattern_of(pattern.c_str()), bytes, isa);
+    size_t ends[pretokenize::Splitter::kRoom], start = 0;
     py::list out;
-    Pattern rule = pretokenize::pattern_of(pattern.c_str());
-    pretokenize::for_each_piece(rule, bytes, [&](const uint8_t* p, size_t n) { out.append(py::bytes(reinterpret_cast<const char*>(p), n)); });
+    while (size_t count = splitter.next(ends))
+        for (size_t i = 0; i < count; start = ends[i++]) out.append(py::bytes(bytes.data() + start, ends[i] - start));
     return out;
 }
 
@@ -296,8 +298,9 @@ private:
 }  // namespace
 
 void bind_tokenizer(py::module_& m) {
-    m.def("pretokenize", &pieces_of, "The pieces of UTF-8 text (bytes) under a named pattern.", py::arg("pattern"),
-          py::arg("text"));
+    m.def("pretokenize", &pieces_of,
+          "The pieces of UTF-8 text (bytes) under a named pattern; isa: portable, avx2 or avx512, which this CPU must offer.",
+          py::arg("pattern"), py::arg("text"), py::arg("isa") = "");
     m.def("safe_cut", &safe_cut, "Where UTF-8 text (bytes) may be cut, at or after a position; its size if nowhere.");
     m.def("code_point_class", &pretokenize::class_of, "The class bits of a code point; see unicode_tables.h.");
     m.def("last_safe_cut", &last_safe_cut, "The last such place; 0 if there is none but the beginning.");

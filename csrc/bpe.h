@@ -113,10 +113,13 @@ private:
     void encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, PieceCache& cache, Ids& out) const;
     void encode_text(pretokenize::Pattern pattern, std::string_view text, PieceCache& cache, Ids& out) const;
     template <size_t kLanes>
+    struct Merging;
+    class Windows;
+
+    template <size_t kLanes>
     size_t merge_few(const uint8_t* piece, size_t n, uint32_t* tokens) const;
     size_t merge_many(const uint8_t* piece, size_t n, uint32_t* tokens) const;
     size_t merge(const uint8_t* piece, size_t n, uint32_t* tokens) const;
-    bool merge_windows(const uint8_t* piece, size_t n, Ids& out) const;
     void merge_heap(const uint8_t* piece, size_t n, Ids& out) const;
 };
 

@@ -144,22 +144,23 @@ public:
     }
 
     // The same for pieces of more bytes; null if they are not there.
-    const void* place_of_long(uint64_t hash) const { return &longs_[hash & (kLongs - 1)]; }
+    const void* place_of_long(uint64_t hash) const { return longs_of(hash); }
 
     const uint32_t* find_long(const uint8_t* piece, size_t n, uint64_t hash, size_t& n_ids) const {
-        const Long& entry = longs_[hash & (kLongs - 1)];
-        if (entry.hash != hash || entry.size != n) return nullptr;
-        const uint32_t* held = words_ + entry.offset;
+        const Long* entry = longs_of(hash);
+        entry += entry->hash != hash;
+        if (entry->hash != hash || entry->size != n) return nullptr;
+        const uint32_t* held = words_ + entry->offset;
         if (std::memcmp(held, piece, n)) return nullptr;
-        n_ids = entry.n_ids;
+        n_ids = entry->n_ids;
         return held + (n + 3) / 4;
     }
 
     void keep_long(const uint8_t* piece, size_t n, uint64_t hash, const uint32_t* ids, size_t n_ids) {
         if (n > kLongest) return;
         const size_t at = room_for((n + 3) / 4 + n_ids);
-        longs_[hash & (kLongs - 1)] = {hash, static_cast<uint32_t>(at), static_cast<uint16_t>(n),
-                                       static_cast<uint16_t>(n_ids)};
+        Long* two = longs_of(hash);
+        two[two->hash ? 1 : 0] = {hash, static_cast<uint32_t>(at), static_cast<uint16_t>(n), static_cast<uint16_t>(n_ids)};
         std::memcpy(words_ + at, piece, n);
         std::memcpy(words_ + at + (n + 3) / 4, ids, n_ids * sizeof(*ids));
     }
@@ -167,23 +168,25 @@ public:
     Ids scratch;  // for ids that leave in another form
 
 private:
-    static constexpr size_t kBuckets = 1 << 17, kLongs = 1 << 15, kWords = 1 << 21, kLongest = 1024;
+    static constexpr size_t kBuckets = 1 << 17, kLongs = 1 << 16, kWords = 1 << 21, kLongest = 1024;
     struct Long {
         uint64_t hash;
         uint32_t offset;  // in words_: the bytes, then the ids
         uint16_t size, n_ids;
     };
 
-    Pages pages_{2 * kBuckets * sizeof(Slot) + kLongs * sizeof(Long) + kWords * sizeof(uint32_t)};
+    Pages pages_{2 * kBuckets * sizeof(Slot) + 2 * kLongs * sizeof(Long) + kWords * sizeof(uint32_t)};
     Slot* slots_ = static_cast<Slot*>(pages_.get());
     Long* longs_ = reinterpret_cast<Long*>(slots_ + 2 * kBuckets);
-    uint32_t* words_ = reinterpret_cast<uint32_t*>(longs_ + kLongs);
+    uint32_t* words_ = reinterpret_cast<uint32_t*>(longs_ + 2 * kLongs);
     size_t used_ = 1;  // word 0 is nobody's
+
+    Long* longs_of(uint64_t hash) const { return longs_ + 2 * (hash & (kLongs - 1)); }
 
     // The place of that many words. When all are taken, everything is forgotten.
     size_t room_for(size_t words) {
         if (used_ + words > kWords) {
-            std::memset(pages_.get(), 0, 2 * kBuckets * sizeof(Slot) + kLongs * sizeof(Long));
+            std::memset(pages_.get(), 0, 2 * kBuckets * sizeof(Slot) + 2 * kLongs * sizeof(Long));
             used_ = 1;
         }
         used_ += words;

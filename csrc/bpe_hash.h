@@ -80,40 +80,66 @@ private:
     }
 };
 
-// From a pair of ids to the rank at which it merges, in one word an entry. Ids and ranks are below 2^21.
+// From a pair of ids to the rank at which it merges. Ids are below 2^21.
+//
+// A bucket of eight entries is one line of memory, and is compared as a whole: a look-up has no branch to guess wrong. The
+// pair's 42 bits are stirred so that they can be told again from the number of the bucket and the rest, which is the tag.
 class RankTable {
 public:
     static constexpr int32_t kNone = 0x7FFFFFFF;
     static constexpr uint32_t kLimit = 1u << 21;
 
-    explicit RankTable(size_t entries) : slots_(table_size(entries), 0), mask_(slots_.size() - 1) {}
-
-    int32_t find(uint32_t left, uint32_t right) const {
-        const uint64_t key = key_of(left, right);
-        for (size_t i = place(key);; i = (i + 1) & mask_) {
-            const uint64_t slot = slots_[i];
-            if ((slot & ~kRankBits) == key) return static_cast<int32_t>(slot & kRankBits);
-            if (!slot) return kNone;
-        }
+    explicit RankTable(size_t entries) {
+        while (shift_ > 12 && (kWays / 2) << (42 - shift_) < entries) shift_--;
+        buckets_.resize(size_t{1} << (42 - shift_));
     }
 
-    // A pair that is there already keeps its rank. No more than the entries that the table was made for.
+    [[gnu::always_inline]] int32_t find(uint32_t left, uint32_t right) const {
+        const uint64_t key = stirred(left, right);
+        const uint32_t tag = static_cast<uint32_t>(key);
+        const Bucket& b = buckets_[key >> shift_];
+        const Four tags = Four{} + tag;
+        const Four hit = ((b.tags[0] == tags) & b.ranks[0]) | ((b.tags[1] == tags) & b.ranks[1]);
+        const uint32_t found = hit[0] | hit[1] | hit[2] | hit[3];  // the rank plus one, at one place at most
+        if (__builtin_expect(b.ranks[1][3] && !found, 0)) return find_overflow(left, right);
+        return found ? static_cast<int32_t>(found - 1) : kNone;
+    }
+
+    // A pair that is there already keeps its rank.
     void insert(uint32_t left, uint32_t right, uint32_t rank) {
-        const uint64_t key = key_of(left, right);
-        size_t i = place(key);
-        while (slots_[i] && (slots_[i] & ~kRankBits) != key) i = (i + 1) & mask_;
-        if (!slots_[i]) slots_[i] = key | rank;
+        if (find(left, right) != kNone) return;
+        const uint64_t key = stirred(left, right);
+        Bucket& b = buckets_[key >> shift_];
+        for (size_t k = 0; k < kWays; k++)
+            if (!b.ranks[k / 4][k % 4]) {
+                b.tags[k / 4][k % 4] = static_cast<uint32_t>(key);
+                b.ranks[k / 4][k % 4] = rank + 1;
+                return;
+            }
+        overflow_.insert(PairTable::key(left, right), rank);
     }
 
 private:
-    static constexpr uint64_t kRankBits = kLimit - 1;
-    std::vector<uint64_t> slots_;  // 1, left (21 bits), right, rank; 0 is empty
-    size_t mask_;
+    static constexpr size_t kWays = 8;
+    typedef uint32_t Four __attribute__((vector_size(16)));
+    struct alignas(64) Bucket {
+        Four tags[2] = {}, ranks[2] = {};  // a free entry has rank 0, and the others one more than theirs
+    };
+    unsigned shift_ = 32;  // of 42 bits: the tag's
+    std::vector<Bucket> buckets_;
+    PairTable overflow_;  // of full buckets
 
-    static uint64_t key_of(uint32_t left, uint32_t right) {
-        return 1ull << 63 | static_cast<uint64_t>(left) << 42 | static_cast<uint64_t>(right) << 21;
+    int32_t find_overflow(uint32_t left, uint32_t right) const {
+        const uint64_t rank = overflow_.find(PairTable::key(left, right));
+        return rank == PairTable::kNone ? kNone : static_cast<int32_t>(rank);
     }
-    size_t place(uint64_t key) const { return ((key >> 21) * 0x9E3779B97F4A7C15u >> 20) & mask_; }
+
+    static uint64_t stirred(uint32_t left, uint32_t right) {
+        constexpr uint64_t kBits42 = (1ull << 42) - 1;
+        uint64_t x = static_cast<uint64_t>(left) << 21 | right;
+        x = (x ^ x >> 21) * 0x9E3779B97F4A7C15u & kBits42;
+        return (x ^ x >> 21) * 0xD6E8FEB86659FD93u & kBits42;
+    }
 };
 
 // From the bytes of a token to its id. The bytes are the owner's: it says where those of an id are.

@@ -4,60 +4,78 @@
 #include <stdexcept>
 
 #include "bpe.h"
+#include "isa.h"
 
 namespace bpe {
 namespace {
 
 constexpr uint32_t kEnd = 0xFFFFFFFFu;
-constexpr size_t kWindow = 64, kWidest = 1024;  // bytes; a window doubles when its tokens are too long for it
-constexpr size_t kSimple = 64;                  // up to here a piece is merged in one go
-
-struct Placed {
-    uint32_t id;
-    size_t start, end;  // in the piece
-    bool operator==(const Placed& o) const { return id == o.id && start == o.start && end == o.end; }
-};
+constexpr size_t kWidest = 1024;  // bytes that are merged without a heap
+constexpr size_t kSimple = 64;    // bytes of a piece that is merged in one go
 
 }  // namespace
 
-// The ids of a piece of at most kLanes bytes; tokens has room for kLanes. Returns how many.
+// The merging of at most kLanes bytes, a merge at a time.
 //
 // A token stays where its first byte was. candidates[i] is the rank of token i and its neighbour, with i in the low bits,
 // so that the smallest one names the leftmost pair of the lowest rank; all of them are looked through, always as many,
 // which costs less than a branch that is guessed wrong.
 template <size_t kLanes>
-size_t Model::merge_few(const uint8_t* piece, size_t n, uint32_t* tokens) const {
-    constexpr int32_t kBits = 6, kNothing = 0x7FFFFFFF;
+struct Model::Merging {
+    static constexpr int32_t kBits = 6, kNothing = 0x7FFFFFFF;
     static_assert(kLanes <= 1 << kBits && RankTable::kLimit << kBits <= 1u << 31);
-    if (n > kLanes) __builtin_unreachable();
     uint32_t token[kLanes];
     int32_t candidates[kLanes];
     uint8_t next[kLanes + 1], prev[kLanes + 1];
-    auto candidate = [](int32_t rank, size_t i) {
+    size_t n;
+
+    static int32_t candidate(int32_t rank, size_t i) {
         return rank == RankTable::kNone ? kNothing : rank << kBits | static_cast<int32_t>(i);
-    };
-    for (size_t i = 0; i < n; i++) {
-        token[i] = byte_id_[piece[i]];
-        next[i] = static_cast<uint8_t>(i + 1);
-        prev[i] = static_cast<uint8_t>(i - 1);
     }
-    for (size_t i = 0; i + 1 < n; i++) candidates[i] = candidate(rank_of_bytes_[piece[i] << 8 | piece[i + 1]], i);
-    for (size_t i = n - 1; i < kLanes; i++) candidates[i] = kNothing;
-    for (;;) {
+
+    void start(const Model& model, const uint8_t* piece, size_t size) {
+        if (size > kLanes) __builtin_unreachable();
+        n = size;
+        for (size_t i = 0; i < n; i++) {
+            token[i] = model.byte_id_[piece[i]];
+            next[i] = static_cast<uint8_t>(i + 1);
+            prev[i] = static_cast<uint8_t>(i - 1);
+        }
+        for (size_t i = 0; i + 1 < n; i++)
+            candidates[i] = candidate(model.rank_of_bytes_[piece[i] << 8 | piece[i + 1]], i);
+        for (size_t i = n - 1; i < kLanes; i++) candidates[i] = kNothing;
+    }
+
+    // Does the next merge; false if there is none.
+    [[gnu::always_inline]] bool step(const Model& model) {
         int32_t lowest = kNothing;
         for (size_t i = 0; i < kLanes; i++) lowest = std::min(lowest, candidates[i]);
-        if (lowest == kNothing) break;
+        if (lowest == kNothing) return false;
         const size_t at = static_cast<size_t>(lowest) & ((1u << kBits) - 1), second = next[at], third = next[second];
-        token[at] = token_of(lowest >> kBits);
+        token[at] = model.token_of(lowest >> kBits);
         candidates[second] = kNothing;
         next[at] = static_cast<uint8_t>(third);
         prev[third] = static_cast<uint8_t>(at);
-        candidates[at] = third < n ? candidate(ranks_.find(token[at], token[third]), at) : kNothing;
-        if (at > 0) candidates[prev[at]] = candidate(ranks_.find(token[prev[at]], token[at]), prev[at]);
+        candidates[at] = third < n ? candidate(model.ranks_.find(token[at], token[third]), at) : kNothing;
+        if (at > 0) candidates[prev[at]] = candidate(model.ranks_.find(token[prev[at]], token[at]), prev[at]);
+        return true;
     }
-    size_t count = 0;
-    for (size_t i = 0; i < n; i = next[i]) tokens[count++] = token[i];
-    return count;
+
+    // The ids, of which there are at most n. Returns how many.
+    size_t finish(uint32_t* tokens) const {
+        size_t count = 0;
+        for (size_t i = 0; i < n; i = next[i]) tokens[count++] = token[i];
+        return count;
+    }
+};
+
+template <size_t kLanes>
+size_t Model::merge_few(const uint8_t* piece, size_t n, uint32_t* tokens) const {
+    Merging<kLanes> merging;
+    merging.start(*this, piece, n);
+    while (merging.step(*this)) {
+    }
+    return merging.finish(tokens);
 }
 
 // The same for at most kWidest bytes.
@@ -93,50 +111,117 @@ size_t Model::merge(const uint8_t* piece, size_t n, uint32_t* tokens) const {
 // spell: a first merge across one of the list's boundaries would also happen in the text of the two tokens around it,
 // since inside each token the same merges come in the same order. So a long piece is encoded in windows that overlap:
 // where two windows agree on a token, the tokens of the first up to it and those of the second from it on belong
-// together. Returns false when windows of kWidest bytes agree on nothing; `out` then holds part of the piece.
-bool Model::merge_windows(const uint8_t* piece, size_t n, Ids& out) const {
-    std::vector<uint32_t> ids(kWidest);
-    std::vector<Placed> now, next;
-    auto place = [&](size_t start, size_t width, std::vector<Placed>& placed) {
-        placed.clear();
-        const size_t count = merge(piece + start, std::min(width, n - start), ids.data());
-        for (size_t i = 0; i < count; i++) {
-            const size_t end = start + (offsets_[ids[i] + 1] - offsets_[ids[i]]);
-            placed.push_back({ids[i], start, end});
+// together. Windows at fixed places can be merged several at a time, each step of one while another waits for memory.
+class Model::Windows {
+public:
+    Windows(const Model& model, const uint8_t* piece, size_t n, Ids& out) : model_(model), piece_(piece), n_(n), out_(out) {}
+
+    // False when windows of kWidest bytes agree on nothing; `out` then holds part of the piece.
+    bool run() {
+        place(0, kWidth);
+        now_.swap(next_);
+        while (now_.back().end < n_)
+            if (!together(now_.back().end - (kWidth - kStride)) && !one_by_one(now_.back().end + kAhead)) return false;
+        for (const Placed& p : now_) out_.push_back(p.id);
+        return true;
+    }
+
+private:
+    struct Placed {
+        uint32_t id;
+        size_t start, end;  // in the piece
+        bool operator==(const Placed& o) const { return id == o.id && start == o.start && end == o.end; }
+    };
+    static constexpr size_t kWidth = 64, kStride = 54, kTogether = 4, kAhead = 256;
+
+    const Model& model_;
+    const uint8_t* piece_;
+    size_t n_;
+    Ids& out_;
+    std::vector<Placed> now_, next_;  // the tokens that are next to be written, and those of the next window
+    std::vector<uint32_t> ids_ = std::vector<uint32_t>(kWidest);
+
+    void place(size_t start, size_t width) {
+        next_.resize(model_.merge(piece_ + start, std::min(width, n_ - start), ids_.data()));
+        for (size_t i = 0; i < next_.size(); i++) {
+            const size_t end = start + model_.token(ids_[i]).size();
+            next_[i] = {ids_[i], start, end};
             start = end;
         }
-    };
-    size_t width = kWindow;
-    place(0, width, now);
-    while (now.back().end < n) {
-        // The next window starts at the last boundary that leaves the two a third of the width in common.
-        size_t from = now.size();
-        while (from > 0 && now[from - 1].start + width / 3 > now.back().end) from--;
-        size_t i = now.size(), k = 0;
-        if (from > 1) {
-            from--;
-            place(now[from].start, width, next);
-            i = from;
-            while (i < now.size() && k < next.size() && !(now[i] == next[k])) {
-                if (now[i].end <= next[k].end) i++;
-                else k++;
-            }
-        }
-        // Agreeing on the very last token says nothing new, and the windows must advance.
-        if (i < now.size() && k < next.size() && next.back().end > now.back().end) {
-            for (size_t j = 0; j < i; j++) out.push_back(now[j].id);
-            now.assign(next.begin() + static_cast<ptrdiff_t>(k), next.end());
-            continue;
-        }
-        width *= 2;
-        if (width > kWidest) return false;
-        const Placed first = now.front();
-        place(first.start, width, now);
-        if (first.start > 0 && !(now.front() == first)) return false;  // it no longer joins what is written
     }
-    for (const Placed& p : now) out.push_back(p.id);
-    return true;
-}
+
+    void place(size_t start, const Merging<kWidth>& window) {
+        next_.resize(window.n);
+        size_t count = 0;
+        for (size_t i = 0; i < window.n; i = window.next[i])
+            next_[count++] = {window.token[i], start + i, start + window.next[i]};
+        next_.resize(count);
+    }
+
+    // Writes what comes before the first token that both windows have, and goes on with the second window. Agreeing on the
+    // last token of all says nothing new.
+    bool join() {
+        size_t i = 0, k = 0;
+        while (i < now_.size() && k < next_.size() && !(now_[i] == next_[k])) {
+            if (now_[i].end <= next_[k].end) i++;
+            else k++;
+        }
+        if (i == now_.size() || k == next_.size() || next_.back().end <= now_.back().end) return false;
+        for (size_t j = 0; j < i; j++) out_.push_back(now_[j].id);
+        next_.erase(next_.begin(), next_.begin() + static_cast<ptrdiff_t>(k));
+        now_.swap(next_);
+        return true;
+    }
+
+    [[gnu::always_inline]] bool merge_together(size_t first) {
+        Merging<kWidth> windows[kTogether];
+        size_t count = 0;
+        for (; count < kTogether && first + count * kStride < n_; count++) {
+            const size_t start = first + count * kStride;
+            windows[count].start(model_, piece_ + start, std::min(kWidth, n_ - start));
+        }
+        for (bool more = true; more;) {
+            more = false;
+            for (size_t w = 0; w < count; w++) more |= windows[w].step(model_);
+        }
+        for (size_t w = 0; w < count && now_.back().end < n_; w++) {
+            place(first + w * kStride, windows[w]);
+            if (!join()) return false;
+        }
+        return true;
+    }
+
+    bool together(size_t first) {
+#if defined(__x86_64__)
+        if (wide_) return together_avx2(first);
+#endif
+        return merge_together(first);
+    }
+
+#if defined(__x86_64__)
+    [[gnu::target("avx2,bmi,bmi2")]] bool together_avx2(size_t first) { return merge_together(first); }
+    const bool wide_ = isa() != "portable";
+#endif
+
+    // Up to a place in the piece, each window starting at a boundary of the one before, wider ones where tokens are long.
+    bool one_by_one(size_t until) {
+        for (size_t width = kWidth; now_.back().end < std::min(until, n_);) {
+            size_t from = now_.size();
+            while (from > 0 && now_[from - 1].start + width / 3 > now_.back().end) from--;
+            if (from > 1) {
+                place(now_[from - 1].start, width);
+                if (join()) continue;
+            }
+            width *= 2;
+            if (width > kWidest) return false;
+            const Placed front = now_.front();
+            place(front.start, width);
+            now_.swap(next_);
+            if (front.start > 0 && !(now_.front() == front)) return false;  // it no longer joins what is written
+        }
+        return true;
+    }
+};
 
 // Tokens in a linked list, candidates in a heap: O(n log n), and right for any piece.
 void Model::merge_heap(const uint8_t* piece, size_t n, Ids& out) const {
@@ -183,7 +268,7 @@ void Model::encode_uncached(const uint8_t* piece, size_t n, uint32_t whole, Ids&
         return;
     }
     const size_t before = out.size();
-    if (merge_windows(piece, n, out)) return;
+    if (Windows(*this, piece, n, out).run()) return;
     out.set_end(out.data() + before);
     merge_heap(piece, n, out);
 }

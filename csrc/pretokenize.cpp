@@ -158,16 +158,21 @@ size_t scan_portable(Pattern pattern, const uint8_t* text, size_t n, size_t star
     return count;
 }
 
-Splitter::Splitter(Pattern pattern, std::string_view text) : pattern_(pattern), text_(text) {}
+static ScanFunction scanner(std::string_view name) {
+#if defined(__x86_64__)
+    if (name == "avx512") return scan_avx512;
+    if (name == "avx2") return scan_avx2;
+#endif
+    return scan_portable;
+}
+
+Splitter::Splitter(Pattern pattern, std::string_view text, std::string_view name) : pattern_(pattern), text_(text) {
+    static const ScanFunction best = scanner(isa());
+    scan_ = name.empty() ? best : scanner(name);
+}
 
 size_t Splitter::next(size_t* ends, size_t room) {
-#if defined(__x86_64__)
-    static const ScanFunction scan =
-        isa() == "avx512" ? scan_avx512 : isa() == "avx2" ? scan_avx2 : scan_portable;
-#else
-    static const ScanFunction scan = scan_portable;
-#endif
-    size_t count = scan(pattern_, reinterpret_cast<const uint8_t*>(text_.data()), text_.size(), at_, ends, room);
+    size_t count = scan_(pattern_, reinterpret_cast<const uint8_t*>(text_.data()), text_.size(), at_, ends, room);
     if (count) at_ = ends[count - 1];
     return count;
 }

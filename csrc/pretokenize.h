@@ -21,7 +21,8 @@ class Splitter {
 public:
     static constexpr size_t kRoom = 256;
 
-    Splitter(Pattern pattern, std::string_view text);
+    // isa: portable, avx2 or avx512, which this CPU must offer; empty for the best.
+    Splitter(Pattern pattern, std::string_view text, std::string_view isa = {});
     // Writes where the next pieces end (they follow one another), at most `room` (64 or more) of them, and returns how
     // many; 0 when none is left.
     size_t next(size_t* ends, size_t room = kRoom);
@@ -29,6 +30,7 @@ public:
 private:
     Pattern pattern_;
     std::string_view text_;
+    size_t (*scan_)(Pattern, const uint8_t*, size_t, size_t, size_t*, size_t);  // see split.h
     size_t at_ = 0;
 };
 
@@ -50,18 +52,5 @@ std::vector<Span> cut_texts(const std::vector<std::string_view>& texts, size_t t
 
 // The class bits of a code point below 0x110000, as listed in unicode_tables.h.
 uint8_t class_of(uint32_t code_point);
-
-// Calls visit(pointer, length) for each piece of text, in order.
-template <class Visit>
-void for_each_piece(Pattern pattern, std::string_view text, Visit&& visit) {
-    Splitter splitter(pattern, text);
-    size_t ends[Splitter::kRoom], start = 0;
-    while (size_t count = splitter.next(ends)) {
-        for (size_t i = 0; i < count; i++) {
-            visit(reinterpret_cast<const uint8_t*>(text.data()) + start, ends[i] - start);
-            start = ends[i];
-        }
-    }
-}
 
 }  // namespace pretokenize

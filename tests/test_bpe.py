@@ -173,8 +173,8 @@ def test_a_piece_that_is_a_token_merges_to_that_token(texts, text, tie_break):
 
 
 def test_ranks_by_bytes_equal_tiktokens_on_vocabularies_that_no_training_gives():
-    """Random tokens, many out of the reach of merges: only whole pieces find those. Lengths on both sides of the switch
-    from a scan to a heap."""
+    """Random tokens, many out of the reach of merges: only whole pieces find those. Lengths on both sides of every
+    switch between ways to merge."""
     rng = random.Random(2)
     for trial in range(40):
         words = {"".join(rng.choices("abc", k=rng.randint(2, 6))).encode() for _ in range(40)}
@@ -183,7 +183,7 @@ def test_ranks_by_bytes_equal_tiktokens_on_vocabularies_that_no_training_gives()
             "t", pat_str=r"[\s\S]+", mergeable_ranks={t: i for i, t in enumerate(tokens)}, special_tokens={}
         )
         model = _C.BpeModel(tokens, [], [], [], True, True, "gpt2")
-        for size in [1, 2, 3, 4, 5, 6, 20, 47, 48, 49, 50, 200, 700]:
+        for size in [1, 2, 3, 4, 5, 6, 8, 9, 16, 17, 20, 32, 33, 63, 64, 65, 66, 130, 200, 700, 3000]:
             text = "".join(rng.choices("abcd" if trial % 2 else "ab", k=size))
             assert model.encode_pieces([text.encode()]) == peer.encode_ordinary(text), (tokens[256:], text)
 
@@ -203,7 +203,7 @@ def test_merge_lists_equal_hugging_faces_in_any_order_of_merges(whole):
         vocab = {spelled(t): i for i, t in enumerate(tokens)}
         peer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=whole))
         model = _C.BpeModel(tokens, [], [pair for pair, _ in listed], [new for _, new in listed], False, whole, "gpt2")
-        for size in [1, 2, 3, 6, 30, 48, 49, 300]:
+        for size in [1, 2, 3, 6, 8, 9, 30, 63, 64, 65, 66, 300, 2000]:
             text = "".join(rng.choices("abc", k=size))
             assert model.encode_pieces([text.encode()]) == peer.encode(text).ids, (merges, text)
 
@@ -225,3 +225,25 @@ def test_more_tokens_than_the_text_gives_are_an_error_that_says_how_many_there_a
     assert Tokenizer.train(["aaaa"], 259, special_tokens=["<s>"]).vocab_size == 259
     with pytest.raises(ValueError, match="at most 259, which is all that this text can give, got 260"):
         Tokenizer.train(["aaaa"], 260, special_tokens=["<s>"])
+
+
+def test_tokens_longer_than_a_window_are_found_in_long_pieces():
+    """Tokens of up to 1,500 bytes: windows of 64 bytes do not hold them, and those of 1,024 not all."""
+    sizes = [2, 4, 8, 16, 32, 64, 128, 256, 300, 1200, 1500]
+    tokens = [bytes([b]) for b in range(256)] + [b"a" * n for n in sizes] + [b"ab", b"abab", b"b" * 2, b"b" * 3]
+    peer = tiktoken.Encoding("t", pat_str=r"[\s\S]+", mergeable_ranks={t: i for i, t in enumerate(tokens)}, special_tokens={})
+    model = _C.BpeModel(tokens, [], [], [], True, True, "gpt2")
+    rng = random.Random(6)
+    for text in ["a" * 5000, "ab" * 3000, "a" * 2999 + "b" * 100 + "a" * 700, *("".join(rng.choices("aaaab", k=4000)) for _ in range(9))]:
+        assert model.encode_pieces([text.encode()]) == peer.encode_ordinary(text), text[:40]
+
+
+def test_more_pieces_than_the_cache_holds_change_no_id():
+    """Twice over a text of more distinct pieces, short and long, of few and of many ids, than there is room for."""
+    rng = random.Random(8)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.choice((4, 7, 9, 14, 15, 16, 17, 40)))) for _ in range(300_000)]
+    tok = Tokenizer.train(CODE[:20], 1000)
+    text = " ".join(words)
+    expected = tok._model.encode_pieces(pieces("cl100k", text.encode()))
+    assert tok.encode(text) == expected == tok.encode(text)
+    assert tok.decode(expected) == text

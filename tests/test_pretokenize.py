@@ -137,3 +137,36 @@ def test_a_safe_cut_leaves_the_pieces_as_they_were(name):
             cuts += 1
             assert pieces(name, text[:cut]) + pieces(name, text[cut:]) == pieces(name, text), text
     assert cuts > 1000
+
+
+def isas():
+    """The instruction sets of this CPU that have a scanner of their own."""
+    offered = dict(_C.cpu_features())
+    return [name for name, needs in (("avx2", ("avx2",)), ("avx512", ("avx512bw", "avx512vl", "avx512dq")))
+            if all(offered.get(feature) for feature in needs)]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_scanners_of_blocks_split_like_the_scanner_of_characters(name):
+    """On text much longer than a block, so that every rule meets a block's edge; on what is mostly ASCII, and on bytes."""
+    rng = random.Random(7)
+    plain = [*"aB1 \n", " the", "don't", "I'LL", "12345", "  \n\n ", "((", "!\n/", " = ", "\t\t", "camelCase", "x" * 70]
+    texts = [CODE.encode(), LANGUAGES.encode() * 4]
+    texts += ["".join(rng.choices(plain + AWKWARD * (i % 2), k=150)).encode() for i in range(1500)]
+    texts += [bytes(rng.choices(range(256), k=300)) for _ in range(100)]
+    texts += [unit * 90 for unit in (b"a", b" ", b"\n", b"1", b"'", b"'s", b"!", "é".encode(), "中".encode(), b"\xff")]
+    assert isas() or not _C.isa().startswith("avx")
+    for text in texts:
+        expected = _C.pretokenize(name, text, "portable")
+        assert b"".join(expected) == text
+        for isa in isas():
+            assert _C.pretokenize(name, text, isa) == expected, (isa, text)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_last_safe_cut_leaves_the_pieces_as_they_were(name):
+    for text in [*awkward_strings(300, seed=5), "one two\nthree four. Five\nsix", CODE[:5000]]:
+        data = text.encode()
+        cut = _C.last_safe_cut(data)
+        assert pieces(name, data[:cut]) + pieces(name, data[cut:]) == pieces(name, data)
+    assert _C.last_safe_cut(b"one two three") == 7 and _C.last_safe_cut(b"") == _C.last_safe_cut(b"x" * 99) == 0
