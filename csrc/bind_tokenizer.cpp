@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
 
+#include "bind_text.h"
 #include "bpe.h"
 #include "bpe_train.h"
 #include "pretokenize.h"
@@ -112,13 +114,28 @@ public:
             allowed.push_back({view(pair[0]), py::cast<uint32_t>(pair[1])});
         }
         bpe::Model::Lease cache(*model_);
-        bpe::Ids& ids = cache->scratch;
+        bpe::Ids& ids = cache->ids;
         ids.clear();
         if (bytes.get().size() <= kShortText) {
             model_->encode(pattern_, bytes.get(), allowed, *cache, ids);
         } else {
             py::gil_scoped_release release;
             model_->encode(pattern_, bytes.get(), allowed, *cache, ids);
+        }
+        return int_list(ids.data(), ids.size());
+    }
+
+    // The ids of a text in which nothing is special.
+    py::list encode_plain(py::handle text) {
+        const TextView bytes(text);
+        bpe::Model::Lease cache(*model_);
+        bpe::Ids& ids = cache->ids;
+        ids.clear();
+        if (bytes.get().size() <= kShortText) {
+            model_->encode(pattern_, bytes.get(), {}, *cache, ids);
+        } else {
+            py::gil_scoped_release release;
+            model_->encode(pattern_, bytes.get(), {}, *cache, ids);
         }
         return int_list(ids.data(), ids.size());
     }
@@ -155,15 +172,14 @@ public:
 
     // ids: a list or tuple of int, or an array.
     py::bytes decode_bytes(py::handle ids) const {
-        std::string text = decoded(ids);
-        return py::bytes(text);
+        bpe::Model::Lease cache(*model_);
+        std::string_view text = decoded(ids, cache->bytes);
+        return py::bytes(text.data(), text.size());
     }
 
     py::str decode(py::handle ids) const {
-        std::string text = decoded(ids);
-        PyObject* made = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
-        if (!made) throw py::error_already_set();
-        return py::reinterpret_steal<py::str>(made);
+        bpe::Model::Lease cache(*model_);
+        return text::make_str(decoded(ids, cache->bytes));
     }
 
 private:
@@ -198,8 +214,7 @@ private:
     }
 
     template <class Id>
-    std::string decoded_ids(const Id* ids, size_t n) const {
-        std::string text;
+    void decode_more(const Id* ids, size_t n, bpe::Bytes& text) const {
         try {
             if (n <= kShortText) {
                 model_->decode(ids, n, text);
@@ -210,36 +225,122 @@ private:
         } catch (const std::out_of_range& error) {
             throw py::key_error(error.what());
         }
-        return text;
     }
 
-    std::string decoded(py::handle ids) const {
+    template <class Id>
+    std::string_view decoded_ids(const Id* ids, py::ssize_t n, bpe::Bytes& text) const {
+        text.clear();
+        decode_more(ids, static_cast<size_t>(n), text);
+        return {text.data(), text.size()};
+    }
+
+    // An int of any size; one that is too large is no id, as -1 is none.
+    static int64_t int_of(PyObject* item) {
+        if (!PyIndex_Check(item))
+            throw py::value_error("Tokenizer.decode: expected integer ids, got " + std::string(Py_TYPE(item)->tp_name));
+        int overflow = 0;
+        const int64_t value = PyLong_AsLongLongAndOverflow(item, &overflow);
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        return overflow ? -1 : value;
+    }
+
+    std::string_view decoded(py::handle ids, bpe::Bytes& text) const {
         if (PyList_Check(ids.ptr()) || PyTuple_Check(ids.ptr())) {
             const auto n = static_cast<size_t>(PySequence_Fast_GET_SIZE(ids.ptr()));
             PyObject** items = PySequence_Fast_ITEMS(ids.ptr());
-            std::vector<int64_t> values(n);
-            for (size_t i = 0; i < n; i++) {
-                int overflow = 0;
-                if (!PyIndex_Check(items[i]))
-                    throw py::value_error("Tokenizer.decode: expected integer ids, got " +
-                                          std::string(Py_TYPE(items[i])->tp_name));
-                values[i] = PyLong_AsLongLongAndOverflow(items[i], &overflow);
-                if (overflow) values[i] = -1;
-                if (values[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+            text.clear();
+            int64_t block[1024];
+            for (size_t first = 0; first < n; first += std::size(block)) {
+                const size_t count = std::min(n - first, std::size(block));
+                for (size_t i = 0; i < count; i++) block[i] = int_of(items[first + i]);
+                decode_more(block, count, text);
             }
-            return decoded_ids(values.data(), n);
+            return {text.data(), text.size()};
         }
         auto array = py::array::ensure(ids);
         if (!array || (array.size() && array.dtype().kind() != 'i' && array.dtype().kind() != 'u'))
             throw py::value_error("Tokenizer.decode: expected integer ids, got " +
                                   std::string(array ? py::str(array.dtype()) : py::str(Py_TYPE(ids.ptr())->tp_name)));
         if (py::isinstance<py::array_t<int32_t, py::array::c_style>>(array))
-            return decoded_ids(static_cast<const int32_t*>(array.data()), static_cast<size_t>(array.size()));
+            return decoded_ids(static_cast<const int32_t*>(array.data()), array.size(), text);
         auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
         if (!wide) throw py::error_already_set();
-        return decoded_ids(wide.data(), static_cast<size_t>(wide.size()));
+        return decoded_ids(wide.data(), wide.size(), text);
     }
 };
+
+// A call with one text goes straight to the codec; any other to `otherwise`. A function of Python's own making and pybind11's
+// dispatch would together take as long as the encoding of a short prompt.
+PyObject* direct_encode(PyObject* self, PyObject* const* args, Py_ssize_t n_args, PyObject* names) {
+    if (n_args != 1 || names) return PyObject_Vectorcall(PyTuple_GET_ITEM(self, 2), args, static_cast<size_t>(n_args), names);
+    try {
+        auto* codec = static_cast<Codec*>(PyCapsule_GetPointer(PyTuple_GET_ITEM(self, 0), nullptr));
+        return codec->encode_plain(args[0]).release().ptr();
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const py::builtin_exception& error) {
+        error.set_error();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+py::object direct_encoder(const py::object& codec, const py::object& otherwise) {
+    static PyMethodDef definition = {"encode", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(direct_encode)),
+                                     METH_FASTCALL | METH_KEYWORDS, "The ids of a text; see Tokenizer.encode."};
+    py::tuple self = py::make_tuple(py::capsule(codec.cast<Codec*>()), codec, otherwise);
+    return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, self.ptr()));
+}
+
+// Lines of base64, a space and a rank. Returns (tokens by rank, number of the first line that is something else or 0).
+py::tuple read_ranks(const py::bytes& file) {
+    static const auto values = [] {
+        std::array<int8_t, 256> table;
+        table.fill(-1);
+        const char* alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        for (int8_t i = 0; i < 64; i++) table[static_cast<uint8_t>(alphabet[i])] = i;
+        return table;
+    }();
+    std::string_view text = view(file);
+    std::vector<std::pair<size_t, std::string>> found;
+    size_t number = 0;
+    while (!text.empty()) {
+        number++;
+        const size_t end = std::min(text.find('\n'), text.size());
+        std::string_view line = text.substr(0, end);
+        text.remove_prefix(std::min(end + 1, text.size()));
+        if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+        if (line.empty()) continue;
+        const size_t space = line.find(' ');
+        std::string token;
+        size_t rank = 0;
+        bool good = space != std::string_view::npos && space % 4 == 0 && space > 0 && space + 1 < line.size() &&
+                    line.size() - space < 10;
+        for (size_t i = 0; good && i < space; i += 4) {
+            const size_t padding = i + 4 == space ? (line[i + 3] == '=') + (line[i + 3] == '=' && line[i + 2] == '=') : 0;
+            uint32_t bits = 0;
+            for (size_t k = 0; k < 4; k++) {
+                const int8_t value = k + padding < 4 ? values[static_cast<uint8_t>(line[i + k])] : int8_t{0};
+                good = good && value >= 0;
+                bits = bits << 6 | (static_cast<uint32_t>(value) & 63);
+            }
+            for (size_t k = 0; k + padding < 3; k++) token.push_back(static_cast<char>(bits >> (16 - 8 * k)));
+        }
+        for (size_t i = space + 1; good && i < line.size(); i++) {
+            good = line[i] >= '0' && line[i] <= '9';
+            rank = 10 * rank + static_cast<size_t>(line[i] - '0');
+        }
+        if (!good || rank >= bpe::RankTable::kLimit) return py::make_tuple(py::list(), number);
+        found.emplace_back(rank, std::move(token));
+    }
+    size_t size = 0;
+    for (const auto& [rank, token] : found) size = std::max(size, rank + 1);
+    py::list tokens(size);
+    for (size_t i = 0; i < size; i++) PyList_SET_ITEM(tokens.ptr(), static_cast<Py_ssize_t>(i), py::bytes("").release().ptr());
+    for (const auto& [rank, token] : found) tokens[rank] = py::bytes(token);
+    return py::make_tuple(tokens, 0);
+}
 
 py::list pieces_of(const std::string& pattern, const py::bytes& text, const std::string& isa) {
     std::string_view bytes = view(text);
@@ -301,6 +402,8 @@ void bind_tokenizer(py::module_& m) {
     m.def("pretokenize", &pieces_of,
           "The pieces of UTF-8 text (bytes) under a named pattern; isa: portable, avx2 or avx512, which this CPU must offer.",
           py::arg("pattern"), py::arg("text"), py::arg("isa") = "");
+    m.def("direct_encoder", &direct_encoder, "A function encode(text) of a BpeModel; any other call goes to `otherwise`.");
+    m.def("read_ranks", &read_ranks, "(tokens by rank, 0) of a .tiktoken file's bytes, or ([], number of a line that is none).");
     m.def("safe_cut", &safe_cut, "Where UTF-8 text (bytes) may be cut, at or after a position; its size if nowhere.");
     m.def("code_point_class", &pretokenize::class_of, "The class bits of a code point; see unicode_tables.h.");
     m.def("last_safe_cut", &last_safe_cut, "The last such place; 0 if there is none but the beginning.");

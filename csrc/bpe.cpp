@@ -30,6 +30,8 @@ Model::Lease::Lease(const Model& model) : model_(model), cache_(model.spare_.exc
 }
 
 Model::Lease::~Lease() {
+    cache_->ids.shrink(PieceCache::kKept);
+    cache_->bytes.shrink(4 * PieceCache::kKept);
     PieceCache* none = nullptr;
     if (model_.spare_.compare_exchange_strong(none, cache_)) return;
     std::lock_guard<std::mutex> hold(model_.idle_lock_);
@@ -297,32 +299,32 @@ Ids Model::encode_batch(Pattern pattern, const std::vector<std::string_view>& te
 
 // Sixteen bytes are written for every short token; the next one writes over what was too much.
 template <class Id>
-void Model::decode(const Id* ids, size_t n, std::string& out) const {
+void Model::decode(const Id* ids, size_t n, Bytes& out) const {
     constexpr size_t kBlock = 4096;
-    size_t size = out.size();
     for (size_t first = 0; first < n; first += kBlock) {
-        const size_t last = std::min(n, first + kBlock);
-        if (out.size() < size + 16 * kBlock) out.resize(std::max(out.size() * 2, size + 16 * kBlock));
-        for (size_t i = first; i < last; i++) {
+        out.room_for(16 * kBlock);
+        char* to = out.end();
+        for (size_t i = first; i < std::min(n, first + kBlock); i++) {
             const bool inside = ids[i] >= 0 && static_cast<uint64_t>(ids[i]) < spelled_.size();
             const Spelled* s = inside ? &spelled_[static_cast<size_t>(ids[i])] : nullptr;
             if (!s || s->size == kAbsent)
                 throw std::out_of_range("Tokenizer.decode: expected ids of the vocabulary, got " + std::to_string(ids[i]));
             if (s->size != kLong) {
-                std::memcpy(out.data() + size, s, 16);
-                size += s->size;
+                std::memcpy(to, s, 16);
+                to += s->size;
                 continue;
             }
             std::string_view t = token(static_cast<uint32_t>(ids[i]));
-            if (out.size() < size + t.size() + 16 * kBlock) out.resize(size + t.size() + 16 * kBlock);
-            std::memcpy(out.data() + size, t.data(), t.size());
-            size += t.size();
+            out.set_end(to);
+            out.append(t.data(), t.size());
+            out.room_for(16 * kBlock);
+            to = out.end();
         }
+        out.set_end(to);
     }
-    out.resize(size);
 }
 
-template void Model::decode(const int32_t*, size_t, std::string&) const;
-template void Model::decode(const int64_t*, size_t, std::string&) const;
+template void Model::decode(const int32_t*, size_t, Bytes&) const;
+template void Model::decode(const int64_t*, size_t, Bytes&) const;
 
 }  // namespace bpe

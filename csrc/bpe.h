@@ -58,7 +58,7 @@ public:
 
     // Appends the bytes of ids. Throws std::out_of_range for an id that the vocabulary does not have.
     template <class Id>
-    void decode(const Id* ids, size_t n, std::string& out) const;
+    void decode(const Id* ids, size_t n, Bytes& out) const;
 
     size_t size() const { return spelled_.size(); }
 

@@ -14,54 +14,62 @@
 
 namespace bpe {
 
-// Ids in the order in which they are made. Room is asked for before it is written to, without clearing it.
-class Ids {
+// A growing array. Room is asked for before it is written to, and is not cleared.
+template <class T>
+class Buffer {
 public:
-    Ids() = default;
-    Ids(Ids&& other) noexcept
+    Buffer() = default;
+    Buffer(Buffer&& other) noexcept
         : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)),
           capacity_(std::exchange(other.capacity_, 0)) {}
-    Ids& operator=(Ids&& other) noexcept {
+    Buffer& operator=(Buffer&& other) noexcept {
         std::swap(data_, other.data_), std::swap(size_, other.size_), std::swap(capacity_, other.capacity_);
         return *this;
     }
-    ~Ids() { std::free(data_); }
+    ~Buffer() { std::free(data_); }
 
-    uint32_t* data() const { return data_; }
+    T* data() const { return data_; }
     size_t size() const { return size_; }
-    uint32_t* end() const { return data_ + size_; }
+    T* end() const { return data_ + size_; }
     void clear() { size_ = 0; }
-    void set_end(const uint32_t* end) { size_ = static_cast<size_t>(end - data_); }
-    void push_back(uint32_t id) {
+    void set_end(const T* end) { size_ = static_cast<size_t>(end - data_); }
+    void push_back(T value) {
         room_for(1);
-        data_[size_++] = id;
+        data_[size_++] = value;
     }
-    void append(const uint32_t* ids, size_t n) {
+    void append(const T* values, size_t n) {
         room_for(n);
-        if (n) std::memcpy(data_ + size_, ids, n * sizeof(*ids));
+        if (n) std::memcpy(data_ + size_, values, n * sizeof(T));
         size_ += n;
     }
     void room_for(size_t more) {
         if (size_ + more > capacity_) grow(size_ + more);
     }
+    // Frees what is more than that many.
+    void shrink(size_t most) {
+        if (capacity_ > most) std::free(std::exchange(data_, nullptr)), size_ = capacity_ = 0;
+    }
     // Hands the memory over; free() it.
-    uint32_t* release() {
+    T* release() {
         size_ = capacity_ = 0;
         return std::exchange(data_, nullptr);
     }
 
 private:
-    uint32_t* data_ = nullptr;
+    T* data_ = nullptr;
     size_t size_ = 0, capacity_ = 0;
 
     void grow(size_t least) {
         size_t wanted = std::max<size_t>(least, capacity_ + capacity_ / 2 + 1024);
-        void* moved = std::realloc(data_, wanted * sizeof(*data_));
+        void* moved = std::realloc(data_, wanted * sizeof(T));
         if (!moved) throw std::bad_alloc();
-        data_ = static_cast<uint32_t*>(moved);
+        data_ = static_cast<T*>(moved);
         capacity_ = wanted;
     }
 };
+
+using Ids = Buffer<uint32_t>;
+using Bytes = Buffer<char>;
 
 // Zeroed memory that costs nothing until it is touched, in large pages where the system has them.
 class Pages {
@@ -165,7 +173,9 @@ public:
         std::memcpy(words_ + at + (n + 3) / 4, ids, n_ids * sizeof(*ids));
     }
 
-    Ids scratch;  // for ids that leave in another form
+    Ids ids;      // what leaves in another form
+    Bytes bytes;
+    static constexpr size_t kKept = 1 << 24;  // the most that these keep between calls
 
 private:
     static constexpr size_t kBuckets = 1 << 17, kLongs = 1 << 16, kWords = 1 << 21, kLongest = 1024;

@@ -60,7 +60,8 @@ class Tokenizer:
         by_bytes = v.merges is None
         self._model = _C.BpeModel(v.tokens, specials, v.merges or [], v.results, by_bytes, v.whole_piece_first,
                                   v.pattern if v.pattern in PATTERNS else "")
-        self._direct = v.pattern in PATTERNS and not v.nfc
+        if v.pattern in PATTERNS and not v.nfc:  # of this object, the method below is then only the way round
+            self.encode = _C.direct_encoder(self._model, self.encode)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -182,8 +183,6 @@ class Tokenizer:
         >>> tok.encode("a<|end|>"), tok.encode("a<|end|>", allowed_special="all")
         ([97, 60, 124, 101, 110, 100, 124, 62], [97, 256])
         """
-        if self._direct and not allowed_special:
-            return self._model.encode(text, [])
         known = self._vocabulary.special_tokens
         names = list(known) if allowed_special == "all" else allowed_special
         names = [names] if isinstance(names, str) else list(names)

@@ -5,14 +5,13 @@ A vocabulary in either format becomes a `Vocabulary`: plain data, from which `to
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanorlhf import _C
 from nanorlhf.pretokenize import PATTERNS, SPELLINGS
 
 @dataclass
@@ -160,16 +159,10 @@ def from_json(data: dict) -> Vocabulary:
 
 def read_tiktoken(path: Path, pattern: str) -> Vocabulary:
     """Reads a rank file: on each line the base64 of a token, a space and its rank, which is its id."""
-    ranks: dict[int, bytes] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line:
-            continue
-        try:
-            token, rank = line.split()
-            ranks[int(rank)] = base64.b64decode(token, validate=True)
-        except (ValueError, binascii.Error) as error:
-            raise ValueError(f"Tokenizer.load: expected base64, a space and a rank on line {number} of {path}") from error
-    return Vocabulary(_by_id(ranks.items()), {}, pattern, merges=None)
+    tokens, bad = _C.read_ranks(path.read_bytes())
+    if bad:
+        raise ValueError(f"Tokenizer.load: expected base64, a space and a rank on line {bad} of {path}")
+    return Vocabulary(tokens, {}, pattern, merges=None)
 
 
 def write_folder(v: Vocabulary, folder: Path) -> None:
