@@ -183,12 +183,24 @@ def encoding(workload, vocabulary, cold, lists=False):
         for name in there("gigatoken", "quicktok", "tiktoken") if vocabulary == "cl100k" or name != "quicktok"}
 
 
-def one_text(text, calls):
+def prompt(calls=2000):
+    """The latency of one short text, told as the rate of many calls."""
     def run(made, name):
         for _ in range(calls):
-            encode_one(name, made, text)
-    return len(text.encode()) * calls, {name: (lambda name=name: shared(name), lambda made, name=name: run(made, name))
-                                        for name in there("gigatoken", "quicktok", "tiktoken")}
+            encode_one(name, made, PROMPT)
+    return len(PROMPT) * calls, {name: (lambda name=name: shared(name), lambda made, name=name: run(made, name))
+                                 for name in there("gigatoken", "quicktok", "tiktoken")}
+
+
+def letters(n=200_000):
+    """One piece that no regular expression splits, and never the same twice, so that no cache knows it."""
+    rng = random.Random(0)
+
+    def setup(name):
+        text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=n))
+        return lambda: encode_one(name, shared(name), text)
+    return n, {name: (lambda name=name: setup(name), lambda made: made())
+               for name in there("gigatoken", "quicktok", "tiktoken")}
 
 
 def loading():
@@ -223,10 +235,6 @@ def decoding(lists):
         for name in there("gigatoken", "quicktok", "tiktoken")}
 
 
-def letters():
-    return "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=200_000))
-
-
 CASES = {
     "English prose, NumPy, warm": lambda: encoding("prose", "cl100k", cold=False),
     "English prose, NumPy, cold": lambda: encoding("prose", "cl100k", cold=True),
@@ -237,8 +245,8 @@ CASES = {
     "ten languages, o200k, NumPy, warm": lambda: encoding("languages", "o200k", cold=False),
     "English prose, o200k, NumPy, warm": lambda: encoding("prose", "o200k", cold=False),
     "English prose, lists, warm": lambda: encoding("prose", "cl100k", cold=False, lists=True),
-    "36-character prompt": lambda: one_text(PROMPT, 2000),
-    "200 kB of random letters": lambda: one_text(letters(), 1),
+    "36-character prompt": prompt,
+    "200 kB of random letters": letters,
     "load and first call": loading,
     "decode NumPy to text": lambda: decoding(lists=False),
     "decode a list to text": lambda: decoding(lists=True),
@@ -276,9 +284,10 @@ TRAIN = {
 
 def train_once(name, path, size):
     """(seconds, peak resident bytes beyond those before) of training in a process of its own."""
-    script = (f"import resource, time\n{TRAIN[name]}\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-              f"start = time.perf_counter(); go({str(path)!r}, {size}); taken = time.perf_counter() - start\n"
-              "print(taken, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)")
+    script = (f"import re, time\n{TRAIN[name]}\n"
+              "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+              f"before, start = peak(), time.perf_counter(); go({str(path)!r}, {size}); taken = time.perf_counter() - start\n"
+              "print(taken, (peak() - before) * 1024)")
     seconds, peak = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     return float(seconds), int(peak)
 

@@ -42,7 +42,7 @@ Model::Lease::~Lease() {
 
 Model::Model(const std::vector<std::string_view>& tokens, std::vector<Kind> kinds, const std::vector<Merge>& merges,
              bool by_bytes, bool whole_piece_first)
-    : whole_(tokens.size()), whole_piece_first_(whole_piece_first), ranks_(by_bytes ? tokens.size() : merges.size()),
+    : spelled_(tokens.size()), whole_(tokens.size()), whole_piece_first_(whole_piece_first), ranks_(by_bytes ? tokens.size() : merges.size()),
       rank_of_bytes_(65536, RankTable::kNone) {
     const size_t n = tokens.size();
     if (n >= RankTable::kLimit || merges.size() >= RankTable::kLimit)
@@ -52,7 +52,6 @@ Model::Model(const std::vector<std::string_view>& tokens, std::vector<Kind> kind
     for (std::string_view t : tokens) total += t.size();
     if (total >= 0xFFFFFFFFu) throw std::invalid_argument("Tokenizer: expected less than 4 GiB of tokens");
     arena_.reserve(total);
-    spelled_.resize(n);
     std::fill(std::begin(byte_id_), std::end(byte_id_), TokenTable::kNone);
     for (uint32_t id = 0; id < n; id++) {
         std::string_view t = tokens[id];

@@ -88,7 +88,7 @@ private:
 
     std::string arena_;                 // the bytes of all tokens
     std::vector<uint32_t> offsets_;     // (V + 1): token id is arena_[offsets_[id], offsets_[id + 1])
-    std::vector<Spelled> spelled_;      // (V)
+    PagedArray<Spelled> spelled_;       // (V)
     TokenTable whole_;                  // ordinary tokens, if a whole piece is looked up first
     bool whole_piece_first_;
     RankTable ranks_;

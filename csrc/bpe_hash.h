@@ -6,6 +6,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bpe_memory.h"
+
 namespace bpe {
 
 inline uint64_t mix(uint64_t a, uint64_t b) {
@@ -89,10 +91,7 @@ public:
     static constexpr int32_t kNone = 0x7FFFFFFF;
     static constexpr uint32_t kLimit = 1u << 21;
 
-    explicit RankTable(size_t entries) {
-        while (shift_ > 12 && (kWays / 2) << (42 - shift_) < entries) shift_--;
-        buckets_.resize(size_t{1} << (42 - shift_));
-    }
+    explicit RankTable(size_t entries) : shift_(shift_for(entries)), buckets_(size_t{1} << (42 - shift_)) {}
 
     [[gnu::always_inline]] int32_t find(uint32_t left, uint32_t right) const {
         const uint64_t key = stirred(left, right);
@@ -123,11 +122,17 @@ private:
     static constexpr size_t kWays = 8;
     typedef uint32_t Four __attribute__((vector_size(16)));
     struct alignas(64) Bucket {
-        Four tags[2] = {}, ranks[2] = {};  // a free entry has rank 0, and the others one more than theirs
+        Four tags[2], ranks[2];  // a free entry has rank 0, and the others one more than theirs
     };
-    unsigned shift_ = 32;  // of 42 bits: the tag's
-    std::vector<Bucket> buckets_;
+    unsigned shift_;  // of 42 bits, those that make the tag
+    PagedArray<Bucket> buckets_;
     PairTable overflow_;  // of full buckets
+
+    static unsigned shift_for(size_t entries) {
+        unsigned shift = 32;
+        while (shift > 12 && (kWays / 2) << (42 - shift) < entries) shift--;
+        return shift;
+    }
 
     int32_t find_overflow(uint32_t left, uint32_t right) const {
         const uint64_t rank = overflow_.find(PairTable::key(left, right));
@@ -147,7 +152,7 @@ class TokenTable {
 public:
     static constexpr uint32_t kNone = 0xFFFFFFFFu;
 
-    explicit TokenTable(size_t entries) : slots_(table_size(entries), 0), mask_(slots_.size() - 1) {}
+    explicit TokenTable(size_t entries) : slots_(table_size(entries)), mask_(slots_.size() - 1) {}
 
     // same(id): whether that token has the bytes that were hashed.
     template <class Same>
@@ -167,7 +172,7 @@ public:
     }
 
 private:
-    std::vector<uint64_t> slots_;  // high half of the hash, id + 1; 0 is empty
+    PagedArray<uint64_t> slots_;  // high half of the hash, id + 1; 0 is empty
     size_t mask_;
 };
 
