@@ -109,15 +109,31 @@ void Model::find_merges(const std::vector<Kind>& kinds) {
         by_size[token(id).size()].push_back(id);
     }
     Ids parts;
-    for (size_t n = 2; n < by_size.size(); n++)
-        for (uint32_t id : by_size[n]) {
-            std::string_view t = token(id);
-            parts.clear();
-            encode_uncached(data(t), n, TokenTable::kNone, parts);
-            if (parts.size() != 2) continue;  // merging never makes this token
-            ranks_.insert(parts.data()[0], parts.data()[1], id);
-            if (n == 2) rank_of_bytes_[data(t)[0] << 8 | data(t)[1]] = static_cast<int32_t>(id);
+    auto add = [&](uint32_t id, const uint32_t* found, size_t count) {
+        if (count != 2) return;  // merging never makes this token
+        ranks_.insert(found[0], found[1], id);
+        std::string_view t = token(id);
+        if (t.size() == 2) rank_of_bytes_[data(t)[0] << 8 | data(t)[1]] = static_cast<int32_t>(id);
+    };
+    for (size_t n = 2; n < by_size.size(); n++) {
+        const std::vector<uint32_t>& ids = by_size[n];
+        const size_t step = n <= kGroupBytes ? kGroup : 1;
+        for (size_t i = 0; i < ids.size(); i += step) {
+            if (step == 1) {
+                parts.clear();
+                encode_uncached(data(token(ids[i])), n, TokenTable::kNone, parts);
+                add(ids[i], parts.data(), parts.size());
+                continue;
+            }
+            std::string_view texts[kGroup];
+            uint32_t tokens[kGroup * kGroupBytes];
+            size_t counts[kGroup];
+            const size_t count = std::min(kGroup, ids.size() - i);
+            for (size_t k = 0; k < count; k++) texts[k] = token(ids[i + k]);
+            merge_group(texts, count, tokens, counts);
+            for (size_t k = 0; k < count; k++) add(ids[i + k], tokens + k * kGroupBytes, counts[k]);
         }
+    }
 }
 
 uint32_t Model::find_whole(uint64_t low, uint64_t high, uint64_t hash) const {
@@ -145,15 +161,22 @@ uint32_t Model::find_whole(const uint8_t* piece, size_t n) const {
 
 // ---------------------------------------------------------------- texts
 
-// A piece that is in no slot of the cache.
-void Model::encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, PieceCache& cache, Ids& out) const {
+// A piece whose ids are not just to be copied from its slot, if it has one.
+void Model::encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, const PieceCache::Slot* slot,
+                          PieceCache& cache, Ids& out) const {
+    size_t n_ids = 0;
+    if (slot) {
+        const uint32_t* ids = cache.ids_of(*slot, n_ids);
+        out.append(ids, n_ids);
+        out.data()[out.size() - n_ids] &= PieceCache::kIdBits;
+        return;
+    }
     const size_t before = out.size();
     if (n <= PieceCache::kShort) {
         encode_uncached(piece, n, find_whole(key.low, key.high, key.hash), out);
         cache.keep(key.low, key.high, key.hash, out.data() + before, out.size() - before);
         return;
     }
-    size_t n_ids = 0;
     if (const uint32_t* known = cache.find_long(piece, n, key.hash, n_ids)) return out.append(known, n_ids);
     encode_uncached(piece, n, find_whole(piece, n), out);
     cache.keep_long(piece, n, key.hash, out.data() + before, out.size() - before);
@@ -190,10 +213,8 @@ void Model::encode_text(Pattern pattern, std::string_view text, PieceCache& cach
         uint32_t* to = out.end();
         for (size_t i = 0; i < count; start = ends[i++]) {
             const PieceKey& key = keys[i];
-            const PieceCache::Slot* slot = cache.bucket(key.hash);
-            slot += ((slot->low ^ key.low) | (slot->high ^ key.high)) != 0;
-            const bool found = slot->low == key.low && slot->high == key.high;
-            if (found && slot->ids[0] >> 28 != PieceCache::kElsewhere) {
+            const PieceCache::Slot* slot = cache.find(key.low, key.high, key.hash);
+            if (slot && slot->ids[0] >> 28 != PieceCache::kElsewhere) {
                 std::memcpy(to, slot->ids, sizeof(slot->ids));
                 const uint32_t first = *to;
                 *to = first & PieceCache::kIdBits;
@@ -201,8 +222,7 @@ void Model::encode_text(Pattern pattern, std::string_view text, PieceCache& cach
                 continue;
             }
             out.set_end(to);
-            if (found) out.append(cache.elsewhere(*slot), slot->ids[2]);
-            else encode_missed(s + start, ends[i] - start, key, cache, out);
+            encode_missed(s + start, ends[i] - start, key, slot, cache, out);
             out.room_for(4 * (count - i));
             to = out.end();
         }

@@ -110,12 +110,24 @@ private:
     void add_merges(const std::vector<Merge>& merges);
     void find_merges(const std::vector<Kind>& kinds);
     void encode_uncached(const uint8_t* piece, size_t n, uint32_t whole, Ids& out) const;
-    void encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, PieceCache& cache, Ids& out) const;
+    void encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, const PieceCache::Slot* slot,
+                       PieceCache& cache, Ids& out) const;
     void encode_text(pretokenize::Pattern pattern, std::string_view text, PieceCache& cache, Ids& out) const;
     template <size_t kLanes>
     struct Merging;
     class Windows;
 
+    static constexpr size_t kGroup = 4, kGroupBytes = 64;  // pieces that are merged together, and the bytes of each
+
+    template <size_t kLanes>
+    void step_all(Merging<kLanes>* all, size_t count) const;
+    template <size_t kLanes>
+    void merge_avx2(Merging<kLanes>* all, size_t count) const;
+    template <size_t kLanes>
+    void merge_all(Merging<kLanes>* all, size_t count) const;
+    template <size_t kLanes>
+    void merge_group(const std::string_view* pieces, size_t count, uint32_t* tokens, size_t* n_tokens) const;
+    void merge_group(const std::string_view* pieces, size_t count, uint32_t* tokens, size_t* n_tokens) const;
     template <size_t kLanes>
     size_t merge_few(const uint8_t* piece, size_t n, uint32_t* tokens) const;
     size_t merge_many(const uint8_t* piece, size_t n, uint32_t* tokens) const;

@@ -47,7 +47,19 @@ public:
     // The two slots that may hold a piece of that hash.
     Slot* bucket(uint64_t hash) const { return slots_ + 2 * (hash & (kBuckets - 1)); }
 
-    const uint32_t* elsewhere(const Slot& slot) const { return words_ + slot.ids[1]; }
+    // The slot of a piece, or null.
+    const Slot* find(uint64_t low, uint64_t high, uint64_t hash) const {
+        const Slot* slot = bucket(hash);
+        slot += ((slot->low ^ low) | (slot->high ^ high)) != 0;
+        return slot->low == low && slot->high == high ? slot : nullptr;
+    }
+
+    // The ids of a slot; of the first one only kIdBits count.
+    const uint32_t* ids_of(const Slot& slot, size_t& n_ids) const {
+        const uint32_t mark = slot.ids[0] >> 28;
+        n_ids = mark == kElsewhere ? slot.ids[2] : mark;
+        return mark == kElsewhere ? words_ + slot.ids[1] : slot.ids;
+    }
 
     void keep(uint64_t low, uint64_t high, uint64_t hash, const uint32_t* ids, size_t n_ids) {
         Slot slot{low, high, {}};

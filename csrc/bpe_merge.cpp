@@ -69,13 +69,57 @@ struct Model::Merging {
     }
 };
 
+// Several at a time: while a step of one waits for memory, another goes on.
+template <size_t kLanes>
+[[gnu::always_inline]] inline void Model::step_all(Merging<kLanes>* all, size_t count) const {
+    for (bool more = true; more;) {
+        more = false;
+        for (size_t i = 0; i < count; i++) more |= all[i].step(*this);
+    }
+}
+
+#if defined(__x86_64__)
+#define MERGE_AVX2(lanes)                                                                              \
+    template <>                                                                                        \
+    [[gnu::target("avx2,bmi,bmi2")]] void Model::merge_avx2(Merging<lanes>* all, size_t count) const { \
+        step_all(all, count);                                                                          \
+    }
+MERGE_AVX2(16)
+MERGE_AVX2(64)
+#endif
+
+template <size_t kLanes>
+void Model::merge_all(Merging<kLanes>* all, size_t count) const {
+#if defined(__x86_64__)
+    static const bool wide = isa() != "portable";
+    if (wide) return merge_avx2(all, count);
+#endif
+    step_all(all, count);
+}
+
 template <size_t kLanes>
 size_t Model::merge_few(const uint8_t* piece, size_t n, uint32_t* tokens) const {
     Merging<kLanes> merging;
     merging.start(*this, piece, n);
-    while (merging.step(*this)) {
-    }
+    merge_all(&merging, 1);
     return merging.finish(tokens);
+}
+
+template <size_t kLanes>
+void Model::merge_group(const std::string_view* pieces, size_t count, uint32_t* tokens, size_t* n_tokens) const {
+    Merging<kLanes> all[kGroup];
+    for (size_t i = 0; i < count; i++)
+        all[i].start(*this, reinterpret_cast<const uint8_t*>(pieces[i].data()), pieces[i].size());
+    merge_all(all, count);
+    for (size_t i = 0; i < count; i++) n_tokens[i] = all[i].finish(tokens + i * kGroupBytes);
+}
+
+// The ids of up to kGroup pieces of at most kGroupBytes each; those of piece i are at tokens + i * kGroupBytes.
+void Model::merge_group(const std::string_view* pieces, size_t count, uint32_t* tokens, size_t* n_tokens) const {
+    size_t longest = 0;
+    for (size_t i = 0; i < count; i++) longest = std::max(longest, pieces[i].size());
+    if (longest <= 16) merge_group<16>(pieces, count, tokens, n_tokens);
+    else merge_group<64>(pieces, count, tokens, n_tokens);
 }
 
 // The same for at most kWidest bytes.
@@ -100,9 +144,7 @@ size_t Model::merge_many(const uint8_t* piece, size_t n, uint32_t* tokens) const
 }
 
 size_t Model::merge(const uint8_t* piece, size_t n, uint32_t* tokens) const {
-    if (n <= 8) return merge_few<8>(piece, n, tokens);
     if (n <= 16) return merge_few<16>(piece, n, tokens);
-    if (n <= 32) return merge_few<32>(piece, n, tokens);
     if (n <= 64) return merge_few<64>(piece, n, tokens);
     return merge_many(piece, n, tokens);
 }
@@ -173,35 +215,20 @@ private:
         return true;
     }
 
-    [[gnu::always_inline]] bool merge_together(size_t first) {
+    bool together(size_t first) {
         Merging<kWidth> windows[kTogether];
         size_t count = 0;
         for (; count < kTogether && first + count * kStride < n_; count++) {
             const size_t start = first + count * kStride;
             windows[count].start(model_, piece_ + start, std::min(kWidth, n_ - start));
         }
-        for (bool more = true; more;) {
-            more = false;
-            for (size_t w = 0; w < count; w++) more |= windows[w].step(model_);
-        }
+        model_.merge_all(windows, count);
         for (size_t w = 0; w < count && now_.back().end < n_; w++) {
             place(first + w * kStride, windows[w]);
             if (!join()) return false;
         }
         return true;
     }
-
-    bool together(size_t first) {
-#if defined(__x86_64__)
-        if (wide_) return together_avx2(first);
-#endif
-        return merge_together(first);
-    }
-
-#if defined(__x86_64__)
-    [[gnu::target("avx2,bmi,bmi2")]] bool together_avx2(size_t first) { return merge_together(first); }
-    const bool wide_ = isa() != "portable";
-#endif
 
     // Up to a place in the piece, each window starting at a boundary of the one before, wider ones where tokens are long.
     bool one_by_one(size_t until) {
