@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <utility>
 
 #include "bpe_hash.h"
 #include "bpe_memory.h"
@@ -45,7 +47,7 @@ public:
     }
 
     // The two slots that may hold a piece of that hash.
-    Slot* bucket(uint64_t hash) const { return slots_ + 2 * (hash & (kBuckets - 1)); }
+    Slot* bucket(uint64_t hash) const { return slots() + 2 * (hash & mask_); }
 
     // The slot of a piece, or null.
     const Slot* find(uint64_t low, uint64_t high, uint64_t hash) const {
@@ -73,9 +75,8 @@ public:
             slot.ids[1] = static_cast<uint32_t>(at);
             slot.ids[2] = static_cast<uint32_t>(n_ids);
         }
-        // The first comer keeps its place, since what is frequent comes early; the second place is for the latest.
-        Slot* two = bucket(hash);
-        two[two->high ? 1 : 0] = slot;
+        if (kept_++ > mask_ && mask_ + 1 < kMostBuckets) grow();
+        put(slot, hash);
     }
 
     // The same for pieces of more bytes; null if they are not there.
@@ -105,25 +106,44 @@ public:
     static constexpr size_t kKept = 1 << 24;  // the most that these keep between calls
 
 private:
-    static constexpr size_t kBuckets = 1 << 17, kLongs = 1 << 16, kWords = 1 << 21, kLongest = 1024;
+    static constexpr size_t kFewestBuckets = 1 << 13, kMostBuckets = 1 << 17;
+    static constexpr size_t kLongs = 1 << 14, kWords = 1 << 21, kLongest = 1024;
     struct Long {
         uint64_t hash;
         uint32_t offset;  // in words_: the bytes, then the ids
         uint16_t size, n_ids;
     };
 
-    Pages pages_{2 * kBuckets * sizeof(Slot) + 2 * kLongs * sizeof(Long) + kWords * sizeof(uint32_t)};
-    Slot* slots_ = static_cast<Slot*>(pages_.get());
-    Long* longs_ = reinterpret_cast<Long*>(slots_ + 2 * kBuckets);
+    size_t mask_ = kFewestBuckets - 1, kept_ = 0;
+    std::unique_ptr<Pages> slots_ = std::make_unique<Pages>(2 * kFewestBuckets * sizeof(Slot));
+    Pages pages_{2 * kLongs * sizeof(Long) + kWords * sizeof(uint32_t)};
+    Long* longs_ = static_cast<Long*>(pages_.get());
     uint32_t* words_ = reinterpret_cast<uint32_t*>(longs_ + 2 * kLongs);
     size_t used_ = 1;  // word 0 is nobody's
 
+    Slot* slots() const { return static_cast<Slot*>(slots_->get()); }
     Long* longs_of(uint64_t hash) const { return longs_ + 2 * (hash & (kLongs - 1)); }
+
+    // The first comer keeps its place, since what is frequent comes early; the second place is for the latest.
+    void put(const Slot& slot, uint64_t hash) {
+        Slot* two = bucket(hash);
+        two[two->high ? 1 : 0] = slot;
+    }
+
+    void grow() {
+        const size_t before = 2 * (mask_ + 1);
+        auto old = std::exchange(slots_, std::make_unique<Pages>(4 * before * sizeof(Slot)));
+        mask_ = 4 * (mask_ + 1) - 1;
+        const Slot* slots = static_cast<const Slot*>(old->get());
+        for (size_t i = 0; i < before; i++)
+            if (slots[i].high) put(slots[i], hash_of(slots[i].low, slots[i].high));
+    }
 
     // The place of that many words. When all are taken, everything is forgotten.
     size_t room_for(size_t words) {
         if (used_ + words > kWords) {
-            std::memset(pages_.get(), 0, 2 * kBuckets * sizeof(Slot) + 2 * kLongs * sizeof(Long));
+            std::memset(slots_->get(), 0, 2 * (mask_ + 1) * sizeof(Slot));
+            std::memset(static_cast<void*>(longs_), 0, 2 * kLongs * sizeof(Long));
             used_ = 1;
         }
         used_ += words;

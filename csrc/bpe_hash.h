@@ -93,7 +93,13 @@ public:
 
     explicit RankTable(size_t entries) : shift_(shift_for(entries)), buckets_(size_t{1} << (42 - shift_)) {}
 
-    [[gnu::always_inline]] int32_t find(uint32_t left, uint32_t right) const {
+    int32_t find(uint32_t left, uint32_t right) const {
+        const uint32_t found = find_next(left, right);
+        return found ? static_cast<int32_t>(found - 1) : kNone;
+    }
+
+    // The rank plus one; 0 for a pair that does not merge.
+    [[gnu::always_inline]] uint32_t find_next(uint32_t left, uint32_t right) const {
         const uint64_t key = stirred(left, right);
         const uint32_t tag = static_cast<uint32_t>(key);
         const Bucket& b = buckets_[key >> shift_];
@@ -101,7 +107,7 @@ public:
         const Four hit = ((b.tags[0] == tags) & b.ranks[0]) | ((b.tags[1] == tags) & b.ranks[1]);
         const uint32_t found = hit[0] | hit[1] | hit[2] | hit[3];  // the rank plus one, at one place at most
         if (__builtin_expect(b.ranks[1][3] && !found, 0)) return find_overflow(left, right);
-        return found ? static_cast<int32_t>(found - 1) : kNone;
+        return found;
     }
 
     // A pair that is there already keeps its rank.
@@ -134,9 +140,8 @@ private:
         return shift;
     }
 
-    int32_t find_overflow(uint32_t left, uint32_t right) const {
-        const uint64_t rank = overflow_.find(PairTable::key(left, right));
-        return rank == PairTable::kNone ? kNone : static_cast<int32_t>(rank);
+    uint32_t find_overflow(uint32_t left, uint32_t right) const {
+        return static_cast<uint32_t>(overflow_.find(PairTable::key(left, right)) + 1);  // of kNone, 0
     }
 
     static uint64_t stirred(uint32_t left, uint32_t right) {

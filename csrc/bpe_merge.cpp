@@ -22,15 +22,16 @@ constexpr size_t kSimple = 64;    // bytes of a piece that is merged in one go
 // which costs less than a branch that is guessed wrong.
 template <size_t kLanes>
 struct Model::Merging {
-    static constexpr int32_t kBits = 6, kNothing = 0x7FFFFFFF;
-    static_assert(kLanes <= 1 << kBits && RankTable::kLimit << kBits <= 1u << 31);
+    static constexpr int32_t kBits = 6, kNothing = 0x7FFFFFC0;  // and more, for a pair that does not merge
+    static_assert(kLanes <= 1 << kBits && RankTable::kLimit << kBits < kNothing);
     uint32_t token[kLanes];
     int32_t candidates[kLanes];
     uint8_t next[kLanes + 1], prev[kLanes + 1];
     size_t n;
 
-    static int32_t candidate(int32_t rank, size_t i) {
-        return rank == RankTable::kNone ? kNothing : rank << kBits | static_cast<int32_t>(i);
+    // next_rank: the rank plus one, or 0.
+    [[gnu::always_inline]] static int32_t candidate(uint32_t next_rank, size_t i) {
+        return static_cast<int32_t>((next_rank - 1) << kBits & 0x7FFFFFFF) | static_cast<int32_t>(i);
     }
 
     void start(const Model& model, const uint8_t* piece, size_t size) {
@@ -42,7 +43,7 @@ struct Model::Merging {
             prev[i] = static_cast<uint8_t>(i - 1);
         }
         for (size_t i = 0; i + 1 < n; i++)
-            candidates[i] = candidate(model.rank_of_bytes_[piece[i] << 8 | piece[i + 1]], i);
+            candidates[i] = candidate(static_cast<uint32_t>(model.rank_of_bytes_[piece[i] << 8 | piece[i + 1]]) + 1, i);
         for (size_t i = n - 1; i < kLanes; i++) candidates[i] = kNothing;
     }
 
@@ -50,14 +51,14 @@ struct Model::Merging {
     [[gnu::always_inline]] bool step(const Model& model) {
         int32_t lowest = kNothing;
         for (size_t i = 0; i < kLanes; i++) lowest = std::min(lowest, candidates[i]);
-        if (lowest == kNothing) return false;
+        if (lowest >= kNothing) return false;
         const size_t at = static_cast<size_t>(lowest) & ((1u << kBits) - 1), second = next[at], third = next[second];
         token[at] = model.token_of(lowest >> kBits);
         candidates[second] = kNothing;
         next[at] = static_cast<uint8_t>(third);
         prev[third] = static_cast<uint8_t>(at);
-        candidates[at] = third < n ? candidate(model.ranks_.find(token[at], token[third]), at) : kNothing;
-        if (at > 0) candidates[prev[at]] = candidate(model.ranks_.find(token[prev[at]], token[at]), prev[at]);
+        candidates[at] = third < n ? candidate(model.ranks_.find_next(token[at], token[third]), at) : kNothing;
+        if (at > 0) candidates[prev[at]] = candidate(model.ranks_.find_next(token[prev[at]], token[at]), prev[at]);
         return true;
     }
 
@@ -170,8 +171,7 @@ public:
 
 private:
     struct Placed {
-        uint32_t id;
-        size_t start, end;  // in the piece
+        uint32_t id, start, end;  // in the piece, which is shorter than 4 GiB
         bool operator==(const Placed& o) const { return id == o.id && start == o.start && end == o.end; }
     };
     static constexpr size_t kWidth = 64, kStride = 54, kTogether = 4, kAhead = 256;
@@ -183,11 +183,15 @@ private:
     std::vector<Placed> now_, next_;  // the tokens that are next to be written, and those of the next window
     std::vector<uint32_t> ids_ = std::vector<uint32_t>(kWidest);
 
+    static Placed placed(uint32_t id, size_t start, size_t end) {
+        return {id, static_cast<uint32_t>(start), static_cast<uint32_t>(end)};
+    }
+
     void place(size_t start, size_t width) {
         next_.resize(model_.merge(piece_ + start, std::min(width, n_ - start), ids_.data()));
         for (size_t i = 0; i < next_.size(); i++) {
             const size_t end = start + model_.token(ids_[i]).size();
-            next_[i] = {ids_[i], start, end};
+            next_[i] = placed(ids_[i], start, end);
             start = end;
         }
     }
@@ -196,7 +200,7 @@ private:
         next_.resize(window.n);
         size_t count = 0;
         for (size_t i = 0; i < window.n; i = window.next[i])
-            next_[count++] = {window.token[i], start + i, start + window.next[i]};
+            next_[count++] = placed(window.token[i], start + i, start + window.next[i]);
         next_.resize(count);
     }
 
@@ -295,7 +299,7 @@ void Model::encode_uncached(const uint8_t* piece, size_t n, uint32_t whole, Ids&
         return;
     }
     const size_t before = out.size();
-    if (Windows(*this, piece, n, out).run()) return;
+    if (n < kEnd && Windows(*this, piece, n, out).run()) return;
     out.set_end(out.data() + before);
     merge_heap(piece, n, out);
 }
