@@ -159,6 +159,19 @@ def test_the_tokens_of_a_text_are_shown(tiny_run, command):
     assert out.split("  ")[0] == f"{shown['ids'][0]}:{shown['pieces'][0]!r}"
 
 
+def test_a_vocabulary_is_trained_inspected_and_timed(command, tmp_path):
+    text, out = Path(json.__file__), str(tmp_path / "vocabulary")
+    code, said, _ = command("tokenizer", "train", text, "--out", out, "--vocab-size", "270", "--special-token", "<|end|>")
+    assert code == 0 and said.startswith("270 tokens from 0.0 MB")
+    _, ids, _ = command("tokenizer", "encode", out, "the cat<|end|>", "--special")
+    assert json.loads(ids)[-1] == 269
+    _, said, _ = command("tokenizer", "inspect", out, "--json")
+    facts = json.loads(said)
+    assert facts["vocab_size"] == 270 and facts["special_tokens"] == {"<|end|>": 269} and facts["bytes_per_token"]["Python code"] > 0
+    code, said, _ = command("tokenizer", "bench", out, "--repeats", "1", "--json")
+    assert code == 0 and json.loads(said)["tokens"] > 0
+
+
 def test_a_page_is_written_again(tiny_run, command):
     before = (tiny_run.folder / "report.html").stat().st_mtime_ns
     code, out, _ = command("report", "--out", tiny_run.folder)
