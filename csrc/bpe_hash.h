@@ -105,7 +105,9 @@ public:
         const Bucket& b = buckets_[key >> shift_];
         const Four tags = Four{} + tag;
         const Four hit = ((b.tags[0] == tags) & b.ranks[0]) | ((b.tags[1] == tags) & b.ranks[1]);
-        const uint32_t found = hit[0] | hit[1] | hit[2] | hit[3];  // the rank plus one, at one place at most
+        const Two halves = reinterpret_cast<const Two&>(hit);
+        const uint64_t both = halves[0] | halves[1];
+        const uint32_t found = static_cast<uint32_t>(both | both >> 32);  // the rank plus one, at one place at most
         if (__builtin_expect(b.ranks[1][3] && !found, 0)) return find_overflow(left, right);
         return found;
     }
@@ -127,6 +129,7 @@ public:
 private:
     static constexpr size_t kWays = 8;
     typedef uint32_t Four __attribute__((vector_size(16)));
+    typedef uint64_t Two __attribute__((vector_size(16), may_alias));
     struct alignas(64) Bucket {
         Four tags[2], ranks[2];  // a free entry has rank 0, and the others one more than theirs
     };
