@@ -75,7 +75,7 @@ public:
             slot.ids[1] = static_cast<uint32_t>(at);
             slot.ids[2] = static_cast<uint32_t>(n_ids);
         }
-        if (kept_++ > mask_ && mask_ + 1 < kMostBuckets) grow();
+        if (2 * kept_++ > mask_ && mask_ + 1 < kMostBuckets) grow();
         put(slot, hash);
     }
 
@@ -106,8 +106,8 @@ public:
     static constexpr size_t kKept = 1 << 24;  // the most that these keep between calls
 
 private:
-    static constexpr size_t kFewestBuckets = 1 << 13, kMostBuckets = 1 << 17;
-    static constexpr size_t kLongs = 1 << 14, kWords = 1 << 21, kLongest = 1024;
+    static constexpr size_t kFewestBuckets = 1 << 12, kMostBuckets = 1 << 18;
+    static constexpr size_t kLongs = 1 << 16, kWords = 1 << 21, kLongest = 1024;
     struct Long {
         uint64_t hash;
         uint32_t offset;  // in words_: the bytes, then the ids
