@@ -106,7 +106,7 @@ public:
     static constexpr size_t kKept = 1 << 24;  // the most that these keep between calls
 
 private:
-    static constexpr size_t kFewestBuckets = 1 << 12, kMostBuckets = 1 << 18;
+    static constexpr size_t kFewestBuckets = 1 << 13, kMostBuckets = 1 << 18;
     static constexpr size_t kLongs = 1 << 16, kWords = 1 << 21, kLongest = 1024;
     struct Long {
         uint64_t hash;
@@ -132,8 +132,8 @@ private:
 
     void grow() {
         const size_t before = 2 * (mask_ + 1);
-        auto old = std::exchange(slots_, std::make_unique<Pages>(4 * before * sizeof(Slot)));
-        mask_ = 4 * (mask_ + 1) - 1;
+        mask_ = std::min(4 * (mask_ + 1), kMostBuckets) - 1;
+        auto old = std::exchange(slots_, std::make_unique<Pages>(2 * (mask_ + 1) * sizeof(Slot)));
         const Slot* slots = static_cast<const Slot*>(old->get());
         for (size_t i = 0; i < before; i++)
             if (slots[i].high) put(slots[i], hash_of(slots[i].low, slots[i].high));
