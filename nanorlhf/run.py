@@ -82,6 +82,8 @@ def open_run(config: RunConfig, resume: bool = False, notify: Callable[[dict], N
     Errors: ValueError for a folder that already holds a run (without ``resume``), holds none (with it), or holds one
     of another version.
     """
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {config.device} is asked for, but torch finds no CUDA device here")
     path = Path(config.out) / "run.json"
     if path.is_file():
         held = json.loads(path.read_text())

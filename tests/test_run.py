@@ -198,3 +198,10 @@ def test_a_run_does_not_go_on_with_other_text(tiny_run, tmp_path):
     with pytest.raises(ValueError, match="began with other text: stdlib, topics came, went or changed since"):
         run(config, resume=True)
     assert json.loads(path.read_text()) == held  # and nothing was lost
+
+
+def test_a_device_that_is_not_there_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(room.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device cuda is asked for, but torch finds no CUDA device here"):
+        open_run(preset("tiny", out=str(tmp_path / "run"), device="cuda"))
+    assert not (tmp_path / "run").exists()
