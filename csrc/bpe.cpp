@@ -1,10 +1,10 @@
 #include "bpe.h"
 
 #include <algorithm>
-#include <exception>
 #include <numeric>
 #include <stdexcept>
-#include <thread>
+
+#include "workers.h"
 
 namespace bpe {
 
@@ -147,10 +147,8 @@ uint32_t Model::find_whole(uint64_t low, uint64_t high, uint64_t hash) const {
 
 uint32_t Model::find_whole(const uint8_t* piece, size_t n) const {
     if (n <= PieceCache::kShort) {
-        uint8_t padded[16] = {};
-        std::memcpy(padded, piece, n);
         uint64_t low, high;
-        PieceCache::key_of(padded, n, low, high);
+        PieceCache::key_of(piece, n, n, low, high);
         return find_whole(low, high, PieceCache::hash_of(low, high));
     }
     if (!whole_piece_first_) return TokenTable::kNone;
@@ -199,13 +197,7 @@ void Model::encode_text(Pattern pattern, std::string_view text, PieceCache& cach
                 __builtin_prefetch(cache.place_of_long(key.hash));
                 continue;
             }
-            if (text.size() - begin >= 16) {
-                PieceCache::key_of(s + begin, n, key.low, key.high);
-            } else {
-                uint8_t padded[16] = {};
-                std::memcpy(padded, s + begin, n);
-                PieceCache::key_of(padded, n, key.low, key.high);
-            }
+            PieceCache::key_of(s + begin, n, text.size() - begin, key.low, key.high);
             key.hash = PieceCache::hash_of(key.low, key.high);
             __builtin_prefetch(cache.bucket(key.hash));
         }
@@ -285,28 +277,17 @@ Ids Model::encode_batch(Pattern pattern, const std::vector<std::string_view>& te
     std::vector<Ids> parts(jobs.size() - 1);
     std::atomic<size_t> next_job{0};
     const size_t n_workers = std::min<size_t>(static_cast<size_t>(threads), std::max<size_t>(parts.size(), 1));
-    std::vector<std::exception_ptr> errors(n_workers);
-    auto work = [&](size_t w) {
-        try {
-            Lease cache(*this);
-            for (size_t j; (j = next_job++) < parts.size();) {
-                Ids& out = parts[j];
-                for (size_t s = jobs[j]; s < jobs[j + 1]; s++) {
-                    size_t before = out.size();
-                    encode_text(pattern, spans[s].text, *cache, out);
-                    n_ids[s] = static_cast<int64_t>(out.size() - before);
-                }
+    run_workers(n_workers, [&](size_t) {
+        Lease cache(*this);
+        for (size_t j; (j = next_job++) < parts.size();) {
+            Ids& out = parts[j];
+            for (size_t s = jobs[j]; s < jobs[j + 1]; s++) {
+                size_t before = out.size();
+                encode_text(pattern, spans[s].text, *cache, out);
+                n_ids[s] = static_cast<int64_t>(out.size() - before);
             }
-        } catch (...) {
-            errors[w] = std::current_exception();
         }
-    };
-    std::vector<std::thread> workers;
-    for (size_t w = 1; w < n_workers; w++) workers.emplace_back(work, w);
-    work(0);
-    for (auto& w : workers) w.join();
-    for (auto& e : errors)
-        if (e) std::rethrow_exception(e);
+    });
 
     for (size_t s = 0; s < spans.size(); s++) offsets[spans[s].owner + 1] += n_ids[s];
     std::partial_sum(offsets.begin(), offsets.end(), offsets.begin());

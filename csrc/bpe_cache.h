@@ -1,4 +1,4 @@
-// What a thread remembers of the pieces that it has encoded. Of fixed size: new pieces push out old ones.
+// What a thread remembers of the pieces that it has encoded. Of bounded size: new pieces push out old ones.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -35,8 +35,13 @@ public:
     };
     static constexpr uint32_t kIdBits = (1u << 28) - 1, kElsewhere = 15;
 
-    // The key of a piece of 1 to 15 bytes from 16 readable bytes at p.
-    static void key_of(const uint8_t* p, size_t n, uint64_t& low, uint64_t& high) {
+    // The key of the piece of 1 to 15 bytes at p, where `readable` bytes may be read.
+    static void key_of(const uint8_t* p, size_t n, size_t readable, uint64_t& low, uint64_t& high) {
+        uint8_t padded[16];
+        if (readable < 16) {
+            std::memset(padded, 0, sizeof(padded));
+            p = static_cast<const uint8_t*>(std::memcpy(padded, p, n));
+        }
         std::memcpy(&low, p, 8);
         std::memcpy(&high, p + 8, 8);
         low &= kPieceMasks.low[n];

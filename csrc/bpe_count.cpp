@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <exception>
 #include <stdexcept>
-#include <thread>
 
 #include "bpe_cache.h"
 #include "bpe_hash.h"
+#include "workers.h"
 
 namespace bpe {
 namespace {
@@ -66,9 +65,7 @@ void PieceTable::count_key(const Key& key, std::string_view piece, int64_t count
 void PieceTable::add_piece(std::string_view piece, int64_t count, uint64_t first) {
     Key key{0, ~static_cast<uint64_t>(piece.size()), 0};
     if (piece.size() <= PieceCache::kShort) {
-        uint8_t padded[16] = {};
-        std::memcpy(padded, piece.data(), piece.size());
-        PieceCache::key_of(padded, piece.size(), key.low, key.high);
+        PieceCache::key_of(data(piece), piece.size(), piece.size(), key.low, key.high);
         key.hash = PieceCache::hash_of(key.low, key.high);
     } else {
         key.hash = hash_bytes(data(piece), piece.size());
@@ -89,10 +86,7 @@ void PieceTable::add(pretokenize::Pattern pattern, std::string_view text, uint64
             Key& key = keys[i];
             const size_t n = ends[i] - begin;
             if (n <= PieceCache::kShort) {
-                uint8_t padded[16] = {};
-                const uint8_t* p = data(text) + begin;
-                if (text.size() - begin < 16) p = static_cast<const uint8_t*>(std::memcpy(padded, p, n));
-                PieceCache::key_of(p, n, key.low, key.high);
+                PieceCache::key_of(data(text) + begin, n, text.size() - begin, key.low, key.high);
                 key.hash = PieceCache::hash_of(key.low, key.high);
             } else {
                 key = {0, ~static_cast<uint64_t>(n), hash_bytes(data(text) + begin, n)};
@@ -124,20 +118,9 @@ void PieceCounter::add(pretokenize::Pattern pattern, const std::vector<std::stri
     }
     std::atomic<size_t> next{0};
     const size_t n_workers = std::min(tables_.size(), std::max<size_t>(spans.size(), 1));
-    std::vector<std::exception_ptr> errors(n_workers);
-    auto work = [&](size_t w) {
-        try {
-            for (size_t i; (i = next++) < spans.size();) tables_[w].add(pattern, spans[i].text, places[i]);
-        } catch (...) {
-            errors[w] = std::current_exception();
-        }
-    };
-    std::vector<std::thread> workers;
-    for (size_t w = 1; w < n_workers; w++) workers.emplace_back(work, w);
-    work(0);
-    for (auto& w : workers) w.join();
-    for (auto& e : errors)
-        if (e) std::rethrow_exception(e);
+    run_workers(n_workers, [&](size_t w) {
+        for (size_t i; (i = next++) < spans.size();) tables_[w].add(pattern, spans[i].text, places[i]);
+    });
 }
 
 void PieceCounter::add_pieces(const std::vector<std::string_view>& pieces) {

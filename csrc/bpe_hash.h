@@ -1,5 +1,5 @@
-// The hash functions and hash tables of the tokenizer. All tables are open addressing with linear probing; reading one is
-// thread-safe while nobody inserts.
+// The hash functions and hash tables of the tokenizer. Reading a table is thread-safe while nobody
+// inserts.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -36,7 +36,7 @@ inline size_t table_size(size_t expected) {
     return capacity;
 }
 
-// From a pair of ids (left << 32 | right) to a value. A value of kNone means that the key is absent.
+// Open addressing from a pair of ids (left << 32 | right) to a value. A value of kNone means that the key is absent.
 class PairTable {
 public:
     static constexpr uint64_t kNone = ~0ull;

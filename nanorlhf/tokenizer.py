@@ -128,7 +128,7 @@ class Tokenizer:
             raise ValueError(f"Tokenizer.train: expected vocab_size of at least {fixed}, got {vocab_size}")
         pattern = known_pattern(pattern)
         with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=not progress) as bar:
-            training = _count(texts_or_paths, pattern, threads or _default_threads(), bar)
+            training = _count(texts_or_paths, pattern, _default_threads() if threads is None else threads, bar)
             training.finish(TIE_BREAKS.index(tie_break))
             merges, task = [], bar.add_task("merges", total=vocab_size - fixed)
             while len(merges) < vocab_size - fixed:
