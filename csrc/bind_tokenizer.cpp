@@ -152,10 +152,10 @@ public:
 
     py::tuple encode_batch(const py::iterable& texts, int threads) {
         std::vector<int64_t> offsets;
-        bpe::Ids ids = batch(texts, threads, offsets);
-        const auto size = static_cast<py::ssize_t>(ids.size());
-        auto* data = reinterpret_cast<int32_t*>(ids.release());
-        py::capsule owner(data, [](void* memory) { std::free(memory); });
+        auto ids = std::make_unique<bpe::Ids>(batch(texts, threads, offsets));
+        const auto size = static_cast<py::ssize_t>(ids->size());
+        auto* data = reinterpret_cast<int32_t*>(ids->data());
+        py::capsule owner(ids.release(), [](void* held) { delete static_cast<bpe::Ids*>(held); });
         return py::make_tuple(py::array_t<int32_t>(size, data, owner),
                               py::array_t<int64_t>(static_cast<py::ssize_t>(offsets.size()), offsets.data()));
     }

@@ -42,8 +42,8 @@ Model::Lease::~Lease() {
 
 Model::Model(const std::vector<std::string_view>& tokens, std::vector<Kind> kinds, const std::vector<Merge>& merges,
              bool by_bytes, bool whole_piece_first)
-    : spelled_(tokens.size()), whole_(tokens.size()), whole_piece_first_(whole_piece_first), ranks_(by_bytes ? tokens.size() : merges.size()),
-      rank_of_bytes_(65536, RankTable::kNone) {
+    : spelled_(tokens.size()), whole_(tokens.size()), whole_piece_first_(whole_piece_first),
+      merges_(by_bytes ? tokens.size() : merges.size()) {
     const size_t n = tokens.size();
     if (n >= RankTable::kLimit || merges.size() >= RankTable::kLimit)
         throw std::invalid_argument("Tokenizer: expected fewer than 2,097,152 tokens and merges, got " +
@@ -52,7 +52,7 @@ Model::Model(const std::vector<std::string_view>& tokens, std::vector<Kind> kind
     for (std::string_view t : tokens) total += t.size();
     if (total >= 0xFFFFFFFFu) throw std::invalid_argument("Tokenizer: expected less than 4 GiB of tokens");
     arena_.reserve(total);
-    std::fill(std::begin(byte_id_), std::end(byte_id_), TokenTable::kNone);
+    std::fill(std::begin(merges_.byte_id), std::end(merges_.byte_id), TokenTable::kNone);
     for (uint32_t id = 0; id < n; id++) {
         std::string_view t = tokens[id];
         offsets_.push_back(static_cast<uint32_t>(arena_.size()));
@@ -60,16 +60,13 @@ Model::Model(const std::vector<std::string_view>& tokens, std::vector<Kind> kind
         spelled_[id].size = kinds[id] == Kind::absent ? kAbsent : t.size() > 15 ? kLong : static_cast<uint8_t>(t.size());
         std::memcpy(spelled_[id].bytes, t.data(), std::min<size_t>(t.size(), 15));
         if (kinds[id] != Kind::ordinary) continue;
-        if (t.size() == 1) byte_id_[static_cast<uint8_t>(t[0])] = id;
+        if (t.size() == 1) merges_.byte_id[static_cast<uint8_t>(t[0])] = id;
         if (!whole_piece_first_ || t.empty()) continue;
-        uint64_t words[2];
-        std::memcpy(words, &spelled_[id], sizeof(words));
-        const bool is_short = t.size() <= PieceCache::kShort;
-        whole_.insert(is_short ? PieceCache::hash_of(words[0], words[1]) : hash_bytes(data(t), t.size()), id);
+        whole_.insert(PieceKey::of(data(t), t.size()).hash, id);
     }
     offsets_.push_back(static_cast<uint32_t>(arena_.size()));
     for (int b = 0; b < 256; b++)
-        if (byte_id_[b] == TokenTable::kNone)
+        if (merges_.byte_id[b] == TokenTable::kNone)
             throw std::invalid_argument("Tokenizer: expected a token for every byte, got none for " + std::to_string(b));
     if (by_bytes) find_merges(kinds);
     else add_merges(merges);
@@ -89,14 +86,12 @@ void Model::add_merges(const std::vector<Merge>& merges) {
     }
     for (size_t i = 0; i < merges.size(); i++) {
         const Merge& m = merges[i];
-        if (!rising) token_of_rank_.push_back(m.token);
+        if (!rising) merges_.token_of_rank.push_back(m.token);
         const uint32_t rank = rising ? m.token : static_cast<uint32_t>(i);
         std::string_view left = token(m.left), right = token(m.right);
-        if (left.size() == 1 && right.size() == 1 && byte_id_[data(left)[0]] == m.left && byte_id_[data(right)[0]] == m.right) {
-            int32_t& known = rank_of_bytes_[data(left)[0] << 8 | data(right)[0]];
-            known = std::min(known, static_cast<int32_t>(rank));
-        }
-        ranks_.insert(m.left, m.right, rank);  // a pair listed twice keeps its first rank
+        if (left.size() == 1 && right.size() == 1 && merges_.byte_id[data(left)[0]] == m.left && merges_.byte_id[data(right)[0]] == m.right)
+            merges_.add_bytes(data(left)[0], data(right)[0], rank);
+        merges_.pairs.insert(m.left, m.right, rank);  // a pair listed twice keeps its first rank
     }
 }
 
@@ -108,113 +103,150 @@ void Model::find_merges(const std::vector<Kind>& kinds) {
         if (token(id).size() >= by_size.size()) by_size.resize(token(id).size() + 1);
         by_size[token(id).size()].push_back(id);
     }
-    Ids parts;
     auto add = [&](uint32_t id, const uint32_t* found, size_t count) {
         if (count != 2) return;  // merging never makes this token
-        ranks_.insert(found[0], found[1], id);
+        merges_.pairs.insert(found[0], found[1], id);
         std::string_view t = token(id);
-        if (t.size() == 2) rank_of_bytes_[data(t)[0] << 8 | data(t)[1]] = static_cast<int32_t>(id);
+        if (t.size() == 2) merges_.add_bytes(data(t)[0], data(t)[1], id);
     };
+    constexpr size_t kGroup = 64;
+    std::vector<Window> windows(kGroup);
+    Ids parts;
     for (size_t n = 2; n < by_size.size(); n++) {
         const std::vector<uint32_t>& ids = by_size[n];
-        const size_t step = n <= kGroupBytes ? kGroup : 1;
-        for (size_t i = 0; i < ids.size(); i += step) {
-            if (step == 1) {
-                parts.clear();
-                encode_uncached(data(token(ids[i])), n, TokenTable::kNone, parts);
-                add(ids[i], parts.data(), parts.size());
-                continue;
-            }
-            std::string_view texts[kGroup];
-            uint32_t tokens[kGroup * kGroupBytes];
-            size_t counts[kGroup];
+        for (size_t i = 0; i < ids.size() && n > Window::kWidth; i++) {
+            parts.clear();
+            encode_uncached(data(token(ids[i])), n, TokenTable::kNone, parts);
+            add(ids[i], parts.data(), parts.size());
+        }
+        for (size_t i = 0; i < ids.size() && n <= Window::kWidth; i += kGroup) {
             const size_t count = std::min(kGroup, ids.size() - i);
-            for (size_t k = 0; k < count; k++) texts[k] = token(ids[i + k]);
-            merge_group(texts, count, tokens, counts);
-            for (size_t k = 0; k < count; k++) add(ids[i + k], tokens + k * kGroupBytes, counts[k]);
+            for (size_t k = 0; k < count; k++) windows[k].bytes = data(token(ids[i + k])), windows[k].n = n;
+            merge_functions().several(merges_, windows.data(), count);
+            for (size_t k = 0; k < count; k++) {
+                uint32_t tokens[Window::kWidth + 16];
+                add(ids[i + k], tokens, static_cast<size_t>(merge_functions().put(windows[k], windows[k].starts, tokens) - tokens));
+            }
         }
     }
 }
 
-uint32_t Model::find_whole(uint64_t low, uint64_t high, uint64_t hash) const {
+uint32_t Model::find_whole(const uint8_t* piece, size_t n, const PieceKey& key) const {
     if (!whole_piece_first_) return TokenTable::kNone;
-    return whole_.find(hash, [&](uint32_t id) {
+    return whole_.find(key.hash, [&](uint32_t id) {
         uint64_t words[2];
         std::memcpy(words, &spelled_[id], sizeof(words));
-        return words[0] == low && words[1] == high;
-    });
-}
-
-uint32_t Model::find_whole(const uint8_t* piece, size_t n) const {
-    if (n <= PieceCache::kShort) {
-        uint64_t low, high;
-        PieceCache::key_of(piece, n, n, low, high);
-        return find_whole(low, high, PieceCache::hash_of(low, high));
-    }
-    if (!whole_piece_first_) return TokenTable::kNone;
-    return whole_.find(hash_bytes(piece, n), [&](uint32_t id) {
+        if (key.is_short()) return words[0] == key.low && words[1] == key.high;
         return offsets_[id + 1] - offsets_[id] == n && !std::memcmp(arena_.data() + offsets_[id], piece, n);
     });
 }
 
 // ---------------------------------------------------------------- texts
 
-// A piece whose ids are not just to be copied from its slot, if it has one.
-void Model::encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, const PieceCache::Slot* slot,
-                          PieceCache& cache, Ids& out) const {
+// A piece whose ids are not just to be copied from its first slots.
+void Model::encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, PieceCache& cache, Ids& out) const {
     size_t n_ids = 0;
-    if (slot) {
-        const uint32_t* ids = cache.ids_of(*slot, n_ids);
-        out.append(ids, n_ids);
-        out.data()[out.size() - n_ids] &= PieceCache::kIdBits;
-        return;
+    if (key.is_short()) {
+        if (const PieceCache::Slot* slot = cache.find(key)) {
+            const uint32_t* ids = cache.ids_of(*slot, n_ids);
+            out.append(ids, n_ids);
+            out.data()[out.size() - n_ids] &= PieceCache::kIdBits;
+            return;
+        }
     }
+    if (const uint32_t* known = key.is_short() ? nullptr : cache.find_long(piece, n, key, n_ids))
+        return out.append(known, n_ids);
     const size_t before = out.size();
-    if (n <= PieceCache::kShort) {
-        encode_uncached(piece, n, find_whole(key.low, key.high, key.hash), out);
-        cache.keep(key.low, key.high, key.hash, out.data() + before, out.size() - before);
-        return;
-    }
-    if (const uint32_t* known = cache.find_long(piece, n, key.hash, n_ids)) return out.append(known, n_ids);
-    encode_uncached(piece, n, find_whole(piece, n), out);
-    cache.keep_long(piece, n, key.hash, out.data() + before, out.size() - before);
+    encode_uncached(piece, n, find_whole(piece, n, key), out);
+    keep(piece, n, key, out.data() + before, out.size() - before, cache);
+    cache.missed++;
 }
 
-// In two turns over the next pieces: the first works out where each is in the cache and has it fetched, the second reads.
+// Puts the pieces that the cache does not have there, several at a time, so that waiting for memory overlaps.
+size_t Model::learn(const uint8_t* text, size_t begin, const size_t* ends, const PieceKey* keys, size_t count,
+                    PieceCache& cache) const {
+    struct Missing {
+        const uint8_t* piece;
+        size_t n;
+        const PieceKey* key;
+    };
+    constexpr size_t kGroup = 8;
+    Missing missing[pretokenize::Splitter::kRoom];
+    Window windows[kGroup];
+    size_t missed = 0, left = 0;
+    for (size_t i = 0; i < count; begin = ends[i++]) {
+        const size_t n = ends[i] - begin;
+        size_t n_ids;
+        if (keys[i].is_short() ? cache.find(keys[i]) != nullptr
+                               : n > Window::kWidth || cache.find_long(text + begin, n, keys[i], n_ids) != nullptr)
+            continue;
+        missing[missed++] = {text + begin, n, &keys[i]};
+        if (whole_piece_first_) whole_.prefetch(keys[i].hash);
+    }
+    for (size_t m = 0; m < missed; m++) {
+        const Missing& piece = missing[m];
+        const uint32_t whole = find_whole(piece.piece, piece.n, *piece.key);
+        if (whole == TokenTable::kNone) missing[left++] = piece;
+        else keep(piece.piece, piece.n, *piece.key, &whole, 1, cache);
+    }
+    std::partition(missing, missing + left, [](const Missing& piece) { return piece.n <= 16; });
+    for (size_t first = 0; first < left; first += kGroup) {
+        const size_t group = std::min(kGroup, left - first);
+        for (size_t k = 0; k < group; k++) windows[k].bytes = missing[first + k].piece, windows[k].n = missing[first + k].n;
+        merge_functions().several(merges_, windows, group);
+        for (size_t k = 0; k < group; k++) {
+            uint32_t ids[Window::kWidth + 16];
+            const Missing& piece = missing[first + k];
+            const uint32_t* end = merge_functions().put(windows[k], windows[k].starts, ids);
+            keep(piece.piece, piece.n, *piece.key, ids, static_cast<size_t>(end - ids), cache);
+        }
+    }
+    return missed;
+}
+
+void Model::keep(const uint8_t* piece, size_t n, const PieceKey& key, const uint32_t* ids, size_t n_ids, PieceCache& cache) {
+    if (key.is_short()) cache.keep(key, ids, n_ids);
+    else cache.keep_long(piece, n, key, ids, n_ids);
+}
+
+// The keys go some pieces ahead: where each is in the cache is fetched while others are read. Where many were missing
+// lately, all keys of the next pieces are made at once and those that are missing are learnt first.
 void Model::encode_text(Pattern pattern, std::string_view text, PieceCache& cache, Ids& out) const {
-    constexpr size_t kRoom = pretokenize::Splitter::kRoom;
+    constexpr size_t kRoom = pretokenize::Splitter::kRoom, kMany = 4, kAhead = 48;
     pretokenize::Splitter splitter(pattern, text);
     size_t ends[kRoom], start = 0;
     PieceKey keys[kRoom];
     const uint8_t* s = data(text);
+    KeyMaker maker(s, text.size());
     while (size_t count = splitter.next(ends)) {
-        size_t begin = start;
-        for (size_t i = 0; i < count; begin = ends[i++]) {
-            PieceKey& key = keys[i];
-            const size_t n = ends[i] - begin;
-            if (n > PieceCache::kShort) {
-                key = {0, ~0ull, hash_bytes(s + begin, n)};
-                __builtin_prefetch(cache.place_of_long(key.hash));
-                continue;
-            }
-            PieceCache::key_of(s + begin, n, text.size() - begin, key.low, key.high);
-            key.hash = PieceCache::hash_of(key.low, key.high);
-            __builtin_prefetch(cache.bucket(key.hash));
-        }
+        cache.make_room(count);
+        const PieceCache::Places places = cache.places();
+        const bool cold = cache.missed >= kMany;
+        size_t made = 0;
+        auto make = [&]() __attribute__((always_inline)) {
+            PieceKey& key = keys[made];
+            maker.make(ends[made++], key);
+            if (__builtin_expect(key.is_short(), 1)) __builtin_prefetch(places.bucket(key.hash));
+            else __builtin_prefetch(places.of_long(key.hash));
+        };
+        while (made < (cold ? count : std::min(count, kAhead))) make();
+        cache.missed = cold ? learn(s, start, ends, keys, count, cache) : 0;
         out.room_for(4 * count);
         uint32_t* to = out.end();
         for (size_t i = 0; i < count; start = ends[i++]) {
+            if (made < count) make();
             const PieceKey& key = keys[i];
-            const PieceCache::Slot* slot = cache.find(key.low, key.high, key.hash);
-            if (slot && slot->ids[0] >> 28 != PieceCache::kElsewhere) {
+            const PieceCache::Slot* slot = places.bucket(key.hash);
+            slot += !slot->is(key);
+            const uint32_t first = slot->ids[0];
+            if (__builtin_expect(slot->is(key) && first < PieceCache::kElsewhere << 28, 1)) {
                 std::memcpy(to, slot->ids, sizeof(slot->ids));
-                const uint32_t first = *to;
                 *to = first & PieceCache::kIdBits;
                 to += first >> 28;
                 continue;
             }
             out.set_end(to);
-            encode_missed(s + start, ends[i] - start, key, slot, cache, out);
+            encode_missed(s + start, ends[i] - start, key, cache, out);
             out.room_for(4 * (count - i));
             to = out.end();
         }

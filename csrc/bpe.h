@@ -17,6 +17,7 @@
 
 #include "bpe_cache.h"
 #include "bpe_hash.h"
+#include "bpe_merge.h"
 #include "pretokenize.h"
 
 namespace bpe {
@@ -31,10 +32,6 @@ struct Special {
 };
 
 enum class Kind : uint8_t { absent, ordinary, special };
-
-struct PieceKey {
-    uint64_t low, high, hash;  // of a piece of more than 15 bytes only the hash counts
-};
 
 // Immutable after construction; all const members may be called from several threads at once.
 class Model {
@@ -91,10 +88,7 @@ private:
     PagedArray<Spelled> spelled_;       // (V)
     TokenTable whole_;                  // ordinary tokens, if a whole piece is looked up first
     bool whole_piece_first_;
-    RankTable ranks_;
-    std::vector<uint32_t> token_of_rank_;    // empty if the rank is the token's id
-    std::vector<int32_t> rank_of_bytes_;     // (65536): the rank of two bytes
-    uint32_t byte_id_[256];
+    Merges merges_;
     mutable std::atomic<PieceCache*> spare_{nullptr};  // the last cache given back, for callers one at a time
     mutable std::mutex idle_lock_;
     mutable std::vector<std::unique_ptr<PieceCache>> idle_;
@@ -102,34 +96,16 @@ private:
     std::string_view token(uint32_t id) const {
         return {arena_.data() + offsets_[id], offsets_[id + 1] - offsets_[id]};
     }
-    uint32_t token_of(int32_t rank) const {
-        return token_of_rank_.empty() ? static_cast<uint32_t>(rank) : token_of_rank_[static_cast<size_t>(rank)];
-    }
-    uint32_t find_whole(const uint8_t* piece, size_t n) const;
-    uint32_t find_whole(uint64_t low, uint64_t high, uint64_t hash) const;
+    uint32_t find_whole(const uint8_t* piece, size_t n, const PieceKey& key) const;
     void add_merges(const std::vector<Merge>& merges);
     void find_merges(const std::vector<Kind>& kinds);
     void encode_uncached(const uint8_t* piece, size_t n, uint32_t whole, Ids& out) const;
-    void encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, const PieceCache::Slot* slot,
-                       PieceCache& cache, Ids& out) const;
+    void encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, PieceCache& cache, Ids& out) const;
+    static void keep(const uint8_t* piece, size_t n, const PieceKey& key, const uint32_t* ids, size_t n_ids, PieceCache& cache);
+    size_t learn(const uint8_t* text, size_t begin, const size_t* ends, const PieceKey* keys, size_t count,
+                 PieceCache& cache) const;
     void encode_text(pretokenize::Pattern pattern, std::string_view text, PieceCache& cache, Ids& out) const;
-    template <size_t kLanes>
-    struct Merging;
     class Windows;
-
-    static constexpr size_t kGroup = 4, kGroupBytes = 64;  // pieces that are merged together, and the bytes of each
-
-    template <size_t kLanes>
-    void step_all(Merging<kLanes>* all, size_t count) const;
-    template <size_t kLanes>
-    void merge_avx2(Merging<kLanes>* all, size_t count) const;
-    template <size_t kLanes>
-    void merge_all(Merging<kLanes>* all, size_t count) const;
-    template <size_t kLanes>
-    void merge_group(const std::string_view* pieces, size_t count, uint32_t* tokens, size_t* n_tokens) const;
-    void merge_group(const std::string_view* pieces, size_t count, uint32_t* tokens, size_t* n_tokens) const;
-    template <size_t kLanes>
-    size_t merge_few(const uint8_t* piece, size_t n, uint32_t* tokens) const;
     size_t merge_many(const uint8_t* piece, size_t n, uint32_t* tokens) const;
     size_t merge(const uint8_t* piece, size_t n, uint32_t* tokens) const;
     void merge_heap(const uint8_t* piece, size_t n, Ids& out) const;

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "bpe_cache.h"
 #include "bpe_hash.h"
 #include "workers.h"
 
@@ -19,13 +18,13 @@ const uint8_t* data(std::string_view s) { return reinterpret_cast<const uint8_t*
 std::string_view PieceTable::piece(size_t i) const {
     const Entry& e = entries_[i];
     const size_t n = e.high >> 56;
-    if (n <= PieceCache::kShort) return {reinterpret_cast<const char*>(&e), n};
+    if (n <= PieceKey::kShort) return {reinterpret_cast<const char*>(&e), n};
     return {arena_.data() + e.low, static_cast<size_t>(~e.high)};
 }
 
-bool PieceTable::same(const Entry& e, const Key& key, std::string_view piece) const {
-    if (piece.size() <= PieceCache::kShort) return e.low == key.low && e.high == key.high;
-    return e.high == key.high && !std::memcmp(arena_.data() + e.low, piece.data(), piece.size());
+bool PieceTable::same(const Entry& e, const PieceKey& key, std::string_view piece) const {
+    if (e.high != key.high) return false;
+    return key.is_short() ? e.low == key.low : !std::memcmp(arena_.data() + e.low, piece.data(), piece.size());
 }
 
 void PieceTable::grow() {
@@ -33,23 +32,21 @@ void PieceTable::grow() {
     const size_t mask = slots_.size() - 1;
     for (size_t e = 0; e < entries_.size(); e++) {
         std::string_view p = piece(e);
-        const uint64_t hash = p.size() <= PieceCache::kShort ? PieceCache::hash_of(entries_[e].low, entries_[e].high)
-                                                             : hash_bytes(data(p), p.size());
+        const uint64_t hash = PieceKey::of(data(p), p.size()).hash;
         size_t i = hash & mask;
         while (slots_[i]) i = (i + 1) & mask;
         slots_[i] = (hash & ~0xFFFFFFFFull) | (e + 1);
     }
 }
 
-void PieceTable::count_key(const Key& key, std::string_view piece, int64_t count, uint64_t first) {
+void PieceTable::count_key(const PieceKey& key, std::string_view piece, int64_t count, uint64_t first) {
     if (2 * (entries_.size() + 1) > slots_.size()) grow();
     const size_t mask = slots_.size() - 1;
     for (size_t i = key.hash & mask;; i = (i + 1) & mask) {
         if (!slots_[i]) {
             if (entries_.size() >= 0xFFFFFFFEu) throw std::length_error("Tokenizer.train: 4 billion distinct pieces");
-            const bool is_short = piece.size() <= PieceCache::kShort;
-            entries_.push_back({is_short ? key.low : arena_.size(), key.high, count, first});
-            if (!is_short) arena_.append(piece);
+            entries_.push_back({key.is_short() ? key.low : arena_.size(), key.high, count, first});
+            if (!key.is_short()) arena_.append(piece);
             slots_[i] = (key.hash & ~0xFFFFFFFFull) | entries_.size();
             return;
         }
@@ -63,14 +60,7 @@ void PieceTable::count_key(const Key& key, std::string_view piece, int64_t count
 }
 
 void PieceTable::add_piece(std::string_view piece, int64_t count, uint64_t first) {
-    Key key{0, ~static_cast<uint64_t>(piece.size()), 0};
-    if (piece.size() <= PieceCache::kShort) {
-        PieceCache::key_of(data(piece), piece.size(), piece.size(), key.low, key.high);
-        key.hash = PieceCache::hash_of(key.low, key.high);
-    } else {
-        key.hash = hash_bytes(data(piece), piece.size());
-    }
-    count_key(key, piece, count, first);
+    count_key(PieceKey::of(data(piece), piece.size()), piece, count, first);
 }
 
 // As in the encoder: first where each of the next pieces would be, then what is there.
@@ -78,20 +68,15 @@ void PieceTable::add(pretokenize::Pattern pattern, std::string_view text, uint64
     constexpr size_t kRoom = pretokenize::Splitter::kRoom;
     pretokenize::Splitter splitter(pattern, text);
     size_t ends[kRoom], start = 0;
-    Key keys[kRoom];
+    PieceKey keys[kRoom];
+    KeyMaker maker(data(text), text.size());
     while (size_t count = splitter.next(ends)) {
         if (2 * (entries_.size() + count) > slots_.size()) grow();
-        size_t begin = start;
-        for (size_t i = 0; i < count; begin = ends[i++]) {
-            Key& key = keys[i];
-            const size_t n = ends[i] - begin;
-            if (n <= PieceCache::kShort) {
-                PieceCache::key_of(data(text) + begin, n, text.size() - begin, key.low, key.high);
-                key.hash = PieceCache::hash_of(key.low, key.high);
-            } else {
-                key = {0, ~static_cast<uint64_t>(n), hash_bytes(data(text) + begin, n)};
-            }
-            __builtin_prefetch(&slots_[key.hash & (slots_.size() - 1)]);
+        const uint64_t* slots = slots_.data();
+        const size_t mask = slots_.size() - 1;
+        for (size_t i = 0; i < count; i++) {
+            maker.make(ends[i], keys[i]);
+            __builtin_prefetch(slots + (keys[i].hash & mask));
         }
         for (size_t i = 0; i < count; start = ends[i++])
             count_key(keys[i], text.substr(start, ends[i] - start), 1, place + start);

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "bpe_key.h"
 #include "pretokenize.h"
 
 namespace bpe {
@@ -33,15 +34,12 @@ public:
     std::string_view piece(size_t i) const;
 
 private:
-    struct Key {
-        uint64_t low, high, hash;
-    };
     std::vector<Entry> entries_;
     std::vector<uint64_t> slots_;  // high half of the hash, index into entries_ + 1; 0 is free
     std::string arena_;            // the bytes of pieces of more than 15
 
-    void count_key(const Key& key, std::string_view piece, int64_t count, uint64_t first);
-    bool same(const Entry& entry, const Key& key, std::string_view piece) const;
+    void count_key(const PieceKey& key, std::string_view piece, int64_t count, uint64_t first);
+    bool same(const Entry& entry, const PieceKey& key, std::string_view piece) const;
     void grow();
 };
 

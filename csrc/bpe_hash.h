@@ -90,26 +90,32 @@ class RankTable {
 public:
     static constexpr int32_t kNone = 0x7FFFFFFF;
     static constexpr uint32_t kLimit = 1u << 21;
+    static constexpr size_t kWays = 8;
+    struct alignas(64) Bucket {
+        uint32_t tags[kWays], ranks[kWays];  // a free entry has rank 0, and the others one more than theirs
+    };
 
-    explicit RankTable(size_t entries) : shift_(shift_for(entries)), buckets_(size_t{1} << (42 - shift_)) {}
+    explicit RankTable(size_t entries) : shift_(shift_for(entries)), buckets_(size_t{1} << (64 - shift_)) {}
+
+    // A pair's place: the bucket, and what tells it from the bucket's other pairs. The 42 bits that matter are the upper ones.
+    [[gnu::always_inline]] static uint64_t stirred(uint32_t left, uint32_t right) {
+        return (static_cast<uint64_t>(left) << 21 | right) * (0x9E3779B97F4A7C15u << 22);
+    }
+    [[gnu::always_inline]] static uint32_t tag(uint64_t key) { return static_cast<uint32_t>(key >> 22); }
+    [[gnu::always_inline]] const Bucket& bucket(uint64_t key) const { return buckets_[key >> shift_]; }
 
     int32_t find(uint32_t left, uint32_t right) const {
-        const uint32_t found = find_next(left, right);
+        const uint64_t key = stirred(left, right);
+        const Bucket& b = bucket(key);
+        uint32_t found = 0;
+        for (size_t k = 0; k < kWays; k++) found |= b.tags[k] == tag(key) ? b.ranks[k] : 0;
+        if (!found && b.ranks[kWays - 1]) found = find_overflow(left, right);
         return found ? static_cast<int32_t>(found - 1) : kNone;
     }
 
-    // The rank plus one; 0 for a pair that does not merge.
-    [[gnu::always_inline]] uint32_t find_next(uint32_t left, uint32_t right) const {
-        const uint64_t key = stirred(left, right);
-        const uint32_t tag = static_cast<uint32_t>(key);
-        const Bucket& b = buckets_[key >> shift_];
-        const Four tags = Four{} + tag;
-        const Four hit = ((b.tags[0] == tags) & b.ranks[0]) | ((b.tags[1] == tags) & b.ranks[1]);
-        const Two halves = reinterpret_cast<const Two&>(hit);
-        const uint64_t both = halves[0] | halves[1];
-        const uint32_t found = static_cast<uint32_t>(both | both >> 32);  // the rank plus one, at one place at most
-        if (__builtin_expect(b.ranks[1][3] && !found, 0)) return find_overflow(left, right);
-        return found;
+    // The rank plus one of a pair whose bucket is full, or 0.
+    uint32_t find_overflow(uint32_t left, uint32_t right) const {
+        return static_cast<uint32_t>(overflow_.find(PairTable::key(left, right)) + 1);  // of kNone, 0
     }
 
     // A pair that is there already keeps its rank.
@@ -118,40 +124,23 @@ public:
         const uint64_t key = stirred(left, right);
         Bucket& b = buckets_[key >> shift_];
         for (size_t k = 0; k < kWays; k++)
-            if (!b.ranks[k / 4][k % 4]) {
-                b.tags[k / 4][k % 4] = static_cast<uint32_t>(key);
-                b.ranks[k / 4][k % 4] = rank + 1;
+            if (!b.ranks[k]) {
+                b.tags[k] = tag(key);
+                b.ranks[k] = rank + 1;
                 return;
             }
         overflow_.insert(PairTable::key(left, right), rank);
     }
 
 private:
-    static constexpr size_t kWays = 8;
-    typedef uint32_t Four __attribute__((vector_size(16)));
-    typedef uint64_t Two __attribute__((vector_size(16), may_alias));
-    struct alignas(64) Bucket {
-        Four tags[2], ranks[2];  // a free entry has rank 0, and the others one more than theirs
-    };
-    unsigned shift_;  // of 42 bits, those that make the tag
+    unsigned shift_;  // what is above is the bucket's number, at least 10 bits so that 32 are enough for the tag
     PagedArray<Bucket> buckets_;
     PairTable overflow_;  // of full buckets
 
     static unsigned shift_for(size_t entries) {
-        unsigned shift = 32;
-        while (shift > 12 && (kWays / 2) << (42 - shift) < entries) shift--;
+        unsigned shift = 54;
+        while (shift > 34 && (kWays / 2) << (64 - shift) < entries) shift--;
         return shift;
-    }
-
-    uint32_t find_overflow(uint32_t left, uint32_t right) const {
-        return static_cast<uint32_t>(overflow_.find(PairTable::key(left, right)) + 1);  // of kNone, 0
-    }
-
-    static uint64_t stirred(uint32_t left, uint32_t right) {
-        constexpr uint64_t kBits42 = (1ull << 42) - 1;
-        uint64_t x = static_cast<uint64_t>(left) << 21 | right;
-        x = (x ^ x >> 21) * 0x9E3779B97F4A7C15u & kBits42;
-        return (x ^ x >> 21) * 0xD6E8FEB86659FD93u & kBits42;
     }
 };
 
@@ -161,6 +150,8 @@ public:
     static constexpr uint32_t kNone = 0xFFFFFFFFu;
 
     explicit TokenTable(size_t entries) : slots_(table_size(entries)), mask_(slots_.size() - 1) {}
+
+    [[gnu::always_inline]] void prefetch(uint64_t hash) const { __builtin_prefetch(&slots_[hash & mask_]); }
 
     // same(id): whether that token has the bytes that were hashed.
     template <class Same>

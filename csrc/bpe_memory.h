@@ -1,30 +1,55 @@
 // Memory for the tokenizer: arrays that grow without being cleared, and large tables that are read at random.
 #pragma once
-#include <sys/mman.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <utility>
 
 namespace bpe {
 
-// A growing array. Room is asked for before it is written to, and is not cleared.
+// Large memory, in large pages where the system has them. The first `zeroed` bytes are zero.
+//
+// Fresh memory from the system is dear to touch, far more so on a virtual machine, so some of what is given back is kept for
+// the next: a few blocks that are taken and left by atomic exchanges, which also is safe after fork.
+class Pages {
+public:
+    explicit Pages(size_t bytes) : Pages(bytes, bytes) {}
+    Pages(size_t bytes, size_t zeroed);
+    Pages(const Pages&) = delete;
+    Pages& operator=(const Pages&) = delete;
+    ~Pages();
+    void* get() const { return reinterpret_cast<char*>(block_) + block_->offset; }
+
+private:
+    static constexpr size_t kHuge = 2u << 20, kKept = 12, kMostKept = 64u << 20;  // blocks and bytes that are kept
+    struct Block {
+        size_t size, offset;  // of the mapping, which begins here; where its first large page begins
+    };
+    Block* block_;
+
+    static std::atomic<Block*>* kept();
+    static std::atomic<size_t>& kept_bytes();
+    static Block* take(size_t bytes);
+    static bool leave(Block* block);
+};
+
+// A growing array. Room is asked for before it is written to, and is not cleared. A large one is in such memory.
 template <class T>
 class Buffer {
 public:
     Buffer() = default;
-    Buffer(Buffer&& other) noexcept
-        : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)),
-          capacity_(std::exchange(other.capacity_, 0)) {}
+    Buffer(Buffer&& other) noexcept { *this = std::move(other); }
     Buffer& operator=(Buffer&& other) noexcept {
         std::swap(data_, other.data_), std::swap(size_, other.size_), std::swap(capacity_, other.capacity_);
+        std::swap(pages_, other.pages_);
         return *this;
     }
-    ~Buffer() { std::free(data_); }
+    ~Buffer() { drop(); }
 
     T* data() const { return data_; }
     size_t size() const { return size_; }
@@ -45,52 +70,41 @@ public:
     }
     // Frees what is more than that many.
     void shrink(size_t most) {
-        if (capacity_ > most) std::free(std::exchange(data_, nullptr)), size_ = capacity_ = 0;
-    }
-    // Hands the memory over; free() it.
-    T* release() {
-        size_ = capacity_ = 0;
-        return std::exchange(data_, nullptr);
+        if (capacity_ > most) drop();
     }
 
 private:
+    static constexpr size_t kLarge = 1 << 20;  // bytes
     T* data_ = nullptr;
     size_t size_ = 0, capacity_ = 0;
+    std::unique_ptr<Pages> pages_;  // what data_ is in, if it is large
+
+    void drop() {
+        if (!pages_) std::free(data_);
+        pages_.reset();
+        data_ = nullptr;
+        size_ = capacity_ = 0;
+    }
 
     void grow(size_t least) {
-        size_t wanted = std::max<size_t>(least, capacity_ + capacity_ / 2 + 1024);
-        void* moved = std::realloc(data_, wanted * sizeof(T));
-        if (!moved) throw std::bad_alloc();
-        data_ = static_cast<T*>(moved);
+        const size_t wanted = std::max<size_t>(least, capacity_ + capacity_ / 2 + 1024);
+        if (wanted * sizeof(T) < kLarge) {
+            void* moved = std::realloc(data_, wanted * sizeof(T));
+            if (!moved) throw std::bad_alloc();
+            data_ = static_cast<T*>(moved);
+        } else {
+            auto pages = std::make_unique<Pages>(wanted * sizeof(T), 0);
+            if (size_) std::memcpy(pages->get(), data_, size_ * sizeof(T));
+            if (!pages_) std::free(data_);
+            data_ = static_cast<T*>(pages->get());
+            pages_ = std::move(pages);
+        }
         capacity_ = wanted;
     }
 };
 
 using Ids = Buffer<uint32_t>;
 using Bytes = Buffer<char>;
-
-// Zeroed memory that costs nothing until it is touched, in large pages where the system has them.
-class Pages {
-public:
-    explicit Pages(size_t bytes) : size_(bytes + kHuge) {
-        base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (base_ == MAP_FAILED) throw std::bad_alloc();
-        aligned_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(base_) + kHuge - 1) & ~(kHuge - 1));
-#ifdef MADV_HUGEPAGE
-        madvise(aligned_, bytes, MADV_HUGEPAGE);
-#endif
-    }
-    Pages(const Pages&) = delete;
-    Pages& operator=(const Pages&) = delete;
-    ~Pages() { munmap(base_, size_); }
-    void* get() const { return aligned_; }
-
-private:
-    static constexpr uintptr_t kHuge = 2u << 20;
-    size_t size_;
-    void* base_;
-    void* aligned_;
-};
 
 // A fixed number of zeroed values in such memory.
 template <class T>

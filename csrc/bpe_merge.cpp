@@ -1,4 +1,6 @@
-// The merging of one piece: by looking through all pairs while there are few, in windows when there are many.
+// The merging of a piece of any size: up to 64 bytes in one go, more in windows, and what defies windows with a heap.
+#include "bpe_merge.h"
+
 #include <algorithm>
 #include <functional>
 #include <stdexcept>
@@ -11,245 +13,163 @@ namespace {
 
 constexpr uint32_t kEnd = 0xFFFFFFFFu;
 constexpr size_t kWidest = 1024;  // bytes that are merged without a heap
-constexpr size_t kSimple = 64;    // bytes of a piece that is merged in one go
 
 }  // namespace
 
-// The merging of at most kLanes bytes, a merge at a time.
-//
-// A token stays where its first byte was. candidates[i] is the rank of token i and its neighbour, with i in the low bits,
-// so that the smallest one names the leftmost pair of the lowest rank; all of them are looked through, always as many,
-// which costs less than a branch that is guessed wrong.
-template <size_t kLanes>
-struct Model::Merging {
-    static constexpr int32_t kBits = 6, kNothing = 0x7FFFFFC0;  // and more, for a pair that does not merge
-    static_assert(kLanes <= 1 << kBits && RankTable::kLimit << kBits < kNothing);
-    uint32_t token[kLanes];
-    int32_t candidates[kLanes];
-    uint8_t next[kLanes + 1], prev[kLanes + 1];
-    size_t n;
-
-    // next_rank: the rank plus one, or 0.
-    [[gnu::always_inline]] static int32_t candidate(uint32_t next_rank, size_t i) {
-        return static_cast<int32_t>((next_rank - 1) << kBits & 0x7FFFFFFF) | static_cast<int32_t>(i);
-    }
-
-    void start(const Model& model, const uint8_t* piece, size_t size) {
-        if (size > kLanes) __builtin_unreachable();
-        n = size;
-        for (size_t i = 0; i < n; i++) {
-            token[i] = model.byte_id_[piece[i]];
-            next[i] = static_cast<uint8_t>(i + 1);
-            prev[i] = static_cast<uint8_t>(i - 1);
-        }
-        for (size_t i = 0; i + 1 < n; i++)
-            candidates[i] = candidate(static_cast<uint32_t>(model.rank_of_bytes_[piece[i] << 8 | piece[i + 1]]) + 1, i);
-        for (size_t i = n - 1; i < kLanes; i++) candidates[i] = kNothing;
-    }
-
-    // Does the next merge; false if there is none.
-    [[gnu::always_inline]] bool step(const Model& model) {
-        int32_t lowest = kNothing;
-        for (size_t i = 0; i < kLanes; i++) lowest = std::min(lowest, candidates[i]);
-        if (lowest >= kNothing) return false;
-        const size_t at = static_cast<size_t>(lowest) & ((1u << kBits) - 1), second = next[at], third = next[second];
-        token[at] = model.token_of(lowest >> kBits);
-        candidates[second] = kNothing;
-        next[at] = static_cast<uint8_t>(third);
-        prev[third] = static_cast<uint8_t>(at);
-        candidates[at] = third < n ? candidate(model.ranks_.find_next(token[at], token[third]), at) : kNothing;
-        if (at > 0) candidates[prev[at]] = candidate(model.ranks_.find_next(token[prev[at]], token[at]), prev[at]);
-        return true;
-    }
-
-    // The ids, of which there are at most n. Returns how many.
-    size_t finish(uint32_t* tokens) const {
-        size_t count = 0;
-        for (size_t i = 0; i < n; i = next[i]) tokens[count++] = token[i];
-        return count;
-    }
-};
-
-// Several at a time: while a step of one waits for memory, another goes on.
-template <size_t kLanes>
-[[gnu::always_inline]] inline void Model::step_all(Merging<kLanes>* all, size_t count) const {
-    for (bool more = true; more;) {
-        more = false;
-        for (size_t i = 0; i < count; i++) more |= all[i].step(*this);
-    }
-}
-
+const MergeFunctions& merge_functions() {
 #if defined(__x86_64__)
-#define MERGE_AVX2(lanes)                                                                              \
-    template <>                                                                                        \
-    [[gnu::target("avx2,bmi,bmi2")]] void Model::merge_avx2(Merging<lanes>* all, size_t count) const { \
-        step_all(all, count);                                                                          \
-    }
-MERGE_AVX2(16)
-MERGE_AVX2(64)
+    static const MergeFunctions& chosen = isa() == "portable" ? merge_portable : isa() == "avx2" ? merge_avx2 : merge_avx512;
+    return chosen;
+#else
+    return merge_portable;
 #endif
-
-template <size_t kLanes>
-void Model::merge_all(Merging<kLanes>* all, size_t count) const {
-#if defined(__x86_64__)
-    static const bool wide = isa() != "portable";
-    if (wide) return merge_avx2(all, count);
-#endif
-    step_all(all, count);
 }
 
-template <size_t kLanes>
-size_t Model::merge_few(const uint8_t* piece, size_t n, uint32_t* tokens) const {
-    Merging<kLanes> merging;
-    merging.start(*this, piece, n);
-    merge_all(&merging, 1);
-    return merging.finish(tokens);
-}
-
-template <size_t kLanes>
-void Model::merge_group(const std::string_view* pieces, size_t count, uint32_t* tokens, size_t* n_tokens) const {
-    Merging<kLanes> all[kGroup];
-    for (size_t i = 0; i < count; i++)
-        all[i].start(*this, reinterpret_cast<const uint8_t*>(pieces[i].data()), pieces[i].size());
-    merge_all(all, count);
-    for (size_t i = 0; i < count; i++) n_tokens[i] = all[i].finish(tokens + i * kGroupBytes);
-}
-
-// The ids of up to kGroup pieces of at most kGroupBytes each; those of piece i are at tokens + i * kGroupBytes.
-void Model::merge_group(const std::string_view* pieces, size_t count, uint32_t* tokens, size_t* n_tokens) const {
-    size_t longest = 0;
-    for (size_t i = 0; i < count; i++) longest = std::max(longest, pieces[i].size());
-    if (longest <= 16) merge_group<16>(pieces, count, tokens, n_tokens);
-    else merge_group<64>(pieces, count, tokens, n_tokens);
-}
-
-// The same for at most kWidest bytes.
+// The tokens of at most kWidest bytes. Returns how many.
 size_t Model::merge_many(const uint8_t* piece, size_t n, uint32_t* tokens) const {
     int32_t ranks[kWidest];  // ranks[i]: of tokens i and i + 1
-    for (size_t i = 0; i < n; i++) tokens[i] = byte_id_[piece[i]];
-    for (size_t i = 0; i + 1 < n; i++) ranks[i] = rank_of_bytes_[piece[i] << 8 | piece[i + 1]];
+    for (size_t i = 0; i < n; i++) tokens[i] = merges_.byte_id[piece[i]];
+    for (size_t i = 0; i + 1 < n; i++) ranks[i] = merges_.pairs.find(tokens[i], tokens[i + 1]);
     while (n > 1) {
         int32_t lowest = RankTable::kNone;
         for (size_t i = 0; i + 1 < n; i++) lowest = std::min(lowest, ranks[i]);
         if (lowest == RankTable::kNone) break;
         size_t at = 0;
         while (ranks[at] != lowest) at++;
-        tokens[at] = token_of(lowest);
+        tokens[at] = merges_.token_of(static_cast<uint32_t>(lowest));
         n--;
         std::memmove(tokens + at + 1, tokens + at + 2, (n - at - 1) * sizeof(*tokens));
         std::memmove(ranks + at, ranks + at + 1, (n - at - 1) * sizeof(*ranks));
-        if (at > 0) ranks[at - 1] = ranks_.find(tokens[at - 1], tokens[at]);
-        if (at + 1 < n) ranks[at] = ranks_.find(tokens[at], tokens[at + 1]);
+        if (at > 0) ranks[at - 1] = merges_.pairs.find(tokens[at - 1], tokens[at]);
+        if (at + 1 < n) ranks[at] = merges_.pairs.find(tokens[at], tokens[at + 1]);
     }
     return n;
-}
-
-size_t Model::merge(const uint8_t* piece, size_t n, uint32_t* tokens) const {
-    if (n <= 16) return merge_few<16>(piece, n, tokens);
-    if (n <= 64) return merge_few<64>(piece, n, tokens);
-    return merge_many(piece, n, tokens);
 }
 
 // A list of tokens is the encoding of the text that it spells if every two neighbours are the encoding of what the two
 // spell: a first merge across one of the list's boundaries would also happen in the text of the two tokens around it,
 // since inside each token the same merges come in the same order. So a long piece is encoded in windows that overlap:
 // where two windows agree on a token, the tokens of the first up to it and those of the second from it on belong
-// together. Windows at fixed places can be merged several at a time, each step of one while another waits for memory.
+// together. Windows at fixed places can be merged several at a time.
 class Model::Windows {
 public:
-    Windows(const Model& model, const uint8_t* piece, size_t n, Ids& out) : model_(model), piece_(piece), n_(n), out_(out) {}
+    Windows(const Model& model, const uint8_t* piece, size_t n, Ids& out)
+        : model_(model), piece_(piece), n_(n), out_(out), before_(out.size()) {}
 
     // False when windows of kWidest bytes agree on nothing; `out` then holds part of the piece.
     bool run() {
-        place(0, kWidth);
-        now_.swap(next_);
-        while (now_.back().end < n_)
-            if (!together(now_.back().end - (kWidth - kStride)) && !one_by_one(now_.back().end + kAhead)) return false;
-        for (const Placed& p : now_) out_.push_back(p.id);
+        windows_[0].bytes = piece_;
+        windows_[0].n = kWidth;
+        functions_.several(model_.merges_, windows_, 1);
+        append(0, windows_[0], 0);
+        while (end_ < n_)
+            if (!together() && !widened(end_ + kAhead)) return false;
         return true;
     }
 
 private:
+    static constexpr size_t kWidth = Window::kWidth, kOverlap = 10, kStride = kWidth - kOverlap, kTogether = 8, kAhead = 256;
     struct Placed {
-        uint32_t id, start, end;  // in the piece, which is shorter than 4 GiB
-        bool operator==(const Placed& o) const { return id == o.id && start == o.start && end == o.end; }
+        uint32_t id;
+        size_t start, end;  // in the piece
     };
-    static constexpr size_t kWidth = 64, kStride = 54, kTogether = 4, kAhead = 256;
 
     const Model& model_;
+    const MergeFunctions& functions_ = merge_functions();
     const uint8_t* piece_;
     size_t n_;
     Ids& out_;
-    std::vector<Placed> now_, next_;  // the tokens that are next to be written, and those of the next window
-    std::vector<uint32_t> ids_ = std::vector<uint32_t>(kWidest);
+    size_t before_, end_ = 0;  // what out_ held before, and up to where in the piece it goes
+    Window windows_[kTogether];
 
-    static Placed placed(uint32_t id, size_t start, size_t end) {
-        return {id, static_cast<uint32_t>(start), static_cast<uint32_t>(end)};
+    static uint64_t below(size_t i) { return i < 64 ? (1ull << i) - 1 : ~0ull; }
+
+    // Puts the tokens of a window at `start` in place, those from byte `from` of it on.
+    void append(size_t start, const Window& window, size_t from) {
+        out_.room_for(kWidth + 16);
+        out_.set_end(functions_.put(window, window.starts & ~below(from), out_.end()));
+        end_ = start + window.n;
     }
 
-    void place(size_t start, size_t width) {
-        next_.resize(model_.merge(piece_ + start, std::min(width, n_ - start), ids_.data()));
-        for (size_t i = 0; i < next_.size(); i++) {
-            const size_t end = start + model_.token(ids_[i]).size();
-            next_[i] = placed(ids_[i], start, end);
-            start = end;
+    // Where the tokens in the last kOverlap bytes of what is written start, and their end.
+    uint64_t last_starts() const {
+        uint64_t found = 1ull << kOverlap;
+        for (size_t i = out_.size(), at = kOverlap; i-- > before_;) {
+            const size_t size = model_.token(out_.data()[i]).size();
+            if (size > at) break;
+            found |= 1ull << (at -= size);
         }
+        return found;
     }
 
-    void place(size_t start, const Merging<kWidth>& window) {
-        next_.resize(window.n);
+    // The first token that two lists of boundaries have in common, or kOverlap.
+    static size_t common(uint64_t first, uint64_t second) {
+        const uint64_t both = first & second, either = first | second;
+        for (uint64_t rest = both; rest; rest &= rest - 1) {
+            const uint64_t later = either & ~1ull << __builtin_ctzll(rest);
+            if (both & (later & -later)) return static_cast<size_t>(__builtin_ctzll(rest));
+        }
+        return kOverlap;
+    }
+
+    // Goes on with windows at fixed places; false where one does not agree with what is written.
+    bool together() {
+        const size_t first = end_ - kOverlap;
         size_t count = 0;
-        for (size_t i = 0; i < window.n; i = window.next[i])
-            next_[count++] = placed(window.token[i], start + i, start + window.next[i]);
-        next_.resize(count);
-    }
-
-    // Writes what comes before the first token that both windows have, and goes on with the second window. Agreeing on the
-    // last token of all says nothing new.
-    bool join() {
-        size_t i = 0, k = 0;
-        while (i < now_.size() && k < next_.size() && !(now_[i] == next_[k])) {
-            if (now_[i].end <= next_[k].end) i++;
-            else k++;
+        for (; count < kTogether && (count ? first + (count - 1) * kStride + kWidth < n_ : true); count++) {
+            windows_[count].bytes = piece_ + first + count * kStride;
+            windows_[count].n = std::min(kWidth, n_ - first - count * kStride);
         }
-        if (i == now_.size() || k == next_.size() || next_.back().end <= now_.back().end) return false;
-        for (size_t j = 0; j < i; j++) out_.push_back(now_[j].id);
-        next_.erase(next_.begin(), next_.begin() + static_cast<ptrdiff_t>(k));
-        now_.swap(next_);
+        functions_.several(model_.merges_, windows_, count);
+        uint64_t written = last_starts();
+        for (size_t w = 0; w < count; w++) {
+            const Window& window = windows_[w];
+            const size_t from = common(written, (window.starts | (below(window.n) + 1)) & below(kOverlap + 1));
+            if (from == kOverlap) return false;
+            const uint64_t replaced = written & ~below(from) & below(kOverlap);
+            out_.set_end(out_.end() - __builtin_popcountll(replaced));
+            append(first + w * kStride, window, from);
+            written = window.starts >> kStride | 1ull << kOverlap;
+        }
         return true;
     }
 
-    bool together(size_t first) {
-        Merging<kWidth> windows[kTogether];
-        size_t count = 0;
-        for (; count < kTogether && first + count * kStride < n_; count++) {
-            const size_t start = first + count * kStride;
-            windows[count].start(model_, piece_ + start, std::min(kWidth, n_ - start));
-        }
-        model_.merge_all(windows, count);
-        for (size_t w = 0; w < count && now_.back().end < n_; w++) {
-            place(first + w * kStride, windows[w]);
-            if (!join()) return false;
-        }
-        return true;
-    }
-
-    // Up to a place in the piece, each window starting at a boundary of the one before, wider ones where tokens are long.
-    bool one_by_one(size_t until) {
-        for (size_t width = kWidth; now_.back().end < std::min(until, n_);) {
-            size_t from = now_.size();
-            while (from > 0 && now_[from - 1].start + width / 3 > now_.back().end) from--;
-            if (from > 1) {
-                place(now_[from - 1].start, width);
-                if (join()) continue;
+    // The same up to a place in the piece, each window starting where a token does, wider ones where tokens are long.
+    bool widened(size_t until) {
+        std::vector<uint32_t> ids(kWidest);
+        std::vector<Placed> written, next;
+        for (size_t width = kWidth; end_ < std::min(until, n_);) {
+            written.clear();
+            size_t start = end_;
+            for (size_t i = out_.size(); i > before_ && start + width / 3 > end_;) {
+                const uint32_t id = out_.data()[--i];
+                const size_t size = model_.token(id).size();
+                written.push_back({id, start - size, start});
+                start -= size;
             }
+            const size_t stop = std::min(n_, start + width), count = model_.merge(piece_ + start, stop - start, ids.data());
+            next.clear();
+            for (size_t i = 0, at = start; i < count; at = next[i++].end)
+                next.push_back({ids[i], at, at + model_.token(ids[i]).size()});
+            std::reverse(written.begin(), written.end());
+            if (stop > end_ && join(written, next, start == 0)) continue;
             width *= 2;
             if (width > kWidest) return false;
-            const Placed front = now_.front();
-            place(front.start, width);
-            now_.swap(next_);
-            if (front.start > 0 && !(now_.front() == front)) return false;  // it no longer joins what is written
         }
+        return true;
+    }
+
+    // Replaces the written tokens from the first on that `next` has too; all of them where `next` begins the piece.
+    bool join(const std::vector<Placed>& written, const std::vector<Placed>& next, bool all) {
+        size_t i = 0, k = 0;
+        while (!all && i < written.size() && k < next.size() && (written[i].start != next[k].start || written[i].end != next[k].end)) {
+            if (written[i].end <= next[k].end) i++;
+            else k++;
+        }
+        if (i == written.size() || k == next.size()) return false;
+        out_.set_end(out_.end() - (written.size() - i));
+        for (; k < next.size(); k++) out_.push_back(next[k].id);
+        end_ = next.back().end;
         return true;
     }
 };
@@ -262,12 +182,12 @@ void Model::merge_heap(const uint8_t* piece, size_t n, Ids& out) const {
     std::vector<uint64_t> heap;  // rank << 32 | position
     heap.reserve(n);
     for (size_t i = 0; i < n; i++) {
-        token[i] = byte_id_[piece[i]];
+        token[i] = merges_.byte_id[piece[i]];
         next[i] = i + 1 < n ? static_cast<uint32_t>(i + 1) : kEnd;
         prev[i] = i ? static_cast<uint32_t>(i - 1) : kEnd;
     }
     auto candidate = [&](uint32_t i) {
-        ranks[i] = next[i] == kEnd ? RankTable::kNone : ranks_.find(token[i], token[next[i]]);
+        ranks[i] = next[i] == kEnd ? RankTable::kNone : merges_.pairs.find(token[i], token[next[i]]);
         if (ranks[i] != RankTable::kNone) heap.push_back(static_cast<uint64_t>(ranks[i]) << 32 | i);
         return ranks[i] != RankTable::kNone;
     };
@@ -281,7 +201,7 @@ void Model::merge_heap(const uint8_t* piece, size_t n, Ids& out) const {
         const uint32_t i = static_cast<uint32_t>(top);
         if (ranks[i] == RankTable::kNone || static_cast<uint64_t>(ranks[i]) != top >> 32) continue;  // merged since
         const uint32_t second = next[i];
-        token[i] = token_of(ranks[i]);
+        token[i] = merges_.token_of(static_cast<uint32_t>(ranks[i]));
         next[i] = next[second];
         if (next[i] != kEnd) prev[next[i]] = i;
         ranks[second] = RankTable::kNone;
@@ -291,21 +211,25 @@ void Model::merge_heap(const uint8_t* piece, size_t n, Ids& out) const {
     for (uint32_t i = 0; i != kEnd; i = next[i]) out.push_back(token[i]);
 }
 
+size_t Model::merge(const uint8_t* piece, size_t n, uint32_t* tokens) const {
+    return n <= Window::kWidth ? merge_functions().one(merges_, piece, n, tokens) : merge_many(piece, n, tokens);
+}
+
 void Model::encode_uncached(const uint8_t* piece, size_t n, uint32_t whole, Ids& out) const {
     if (whole != TokenTable::kNone) return out.push_back(whole);
-    if (n <= kSimple) {
+    if (n <= Window::kWidth) {
         out.room_for(n);
         out.set_end(out.end() + merge(piece, n, out.end()));
         return;
     }
     const size_t before = out.size();
-    if (n < kEnd && Windows(*this, piece, n, out).run()) return;
+    if (Windows(*this, piece, n, out).run()) return;
     out.set_end(out.data() + before);
     merge_heap(piece, n, out);
 }
 
 void Model::encode_piece(const uint8_t* piece, size_t n, Ids& out) const {
-    if (n) encode_uncached(piece, n, find_whole(piece, n), out);
+    if (n) encode_uncached(piece, n, find_whole(piece, n, PieceKey::of(piece, n)), out);
 }
 
 }  // namespace bpe

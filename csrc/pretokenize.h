@@ -19,7 +19,7 @@ Pattern pattern_of(const char* name);
 // The pieces of one text, some at a time.
 class Splitter {
 public:
-    static constexpr size_t kRoom = 256;
+    static constexpr size_t kRoom = 192;
 
     // isa: portable, avx2 or avx512, which this CPU must offer; empty for the best.
     Splitter(Pattern pattern, std::string_view text, std::string_view isa = {});

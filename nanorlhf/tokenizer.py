@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from nanorlhf import _C
 from nanorlhf.pretokenize import PATTERNS, known_pattern, pieces
-from nanorlhf.tokenizer_json import Vocabulary, read_folder, read_json, read_tiktoken, write_folder
+from nanorlhf.tokenizer_json import Vocabulary, read_folder, read_json, read_tiktoken, write_folder, write_json, write_tiktoken
 
 TIE_BREAKS = ("hf", "raw", "first")
 _BATCH_BYTES = 1 << 24  # text gathered before the native counter is called
@@ -60,8 +60,10 @@ class Tokenizer:
         by_bytes = v.merges is None
         self._model = _C.BpeModel(v.tokens, specials, v.merges or [], v.results, by_bytes, v.whole_piece_first,
                                   v.pattern if v.pattern in PATTERNS else "")
-        if v.pattern in PATTERNS and not v.nfc:  # of this object, the method below is then only the way round
-            self.encode = _C.direct_encoder(self._model, self.encode)
+        if v.pattern in PATTERNS and not v.nfc:  # the method below is then only the way round
+            indirect = object.__new__(type(self))  # an object of its own, so that this one is in no cycle
+            indirect.__dict__.update(self.__dict__)
+            self.encode = _C.direct_encoder(self._model, indirect.encode)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -170,30 +172,50 @@ class Tokenizer:
             vocabulary.pattern = pattern
         return cls(vocabulary)
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into the folder; `load` and transformers read them."""
-        write_folder(self._vocabulary, Path(folder))
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a .tiktoken rank file, a .json file, or else a folder of tokenizer.json and tokenizer_config.json.
 
-    def encode(self, text: str | bytes, allowed_special: Iterable[str] | str = frozenset()) -> list[int]:
+        `load` reads each again, and so do tiktoken, Hugging Face tokenizers and transformers. A rank file holds the
+        ordinary tokens alone: ValueError if its ranks would not give the same ids.
+        """
+        path = Path(path)
+        write = {".tiktoken": write_tiktoken, ".json": write_json}.get(path.suffix, write_folder)
+        write(self._vocabulary, path)
+
+    def encode(self, text: str | bytes, allowed_special: Iterable[str] | str = frozenset(),
+               disallowed_special: Iterable[str] | str = frozenset()) -> list[int]:
         """The ids of a text. Special tokens' texts are plain text unless allowed_special ("all", or some) names them.
 
-        Bytes need not be valid UTF-8. Raises ValueError for a name that is no special token.
+        Bytes need not be valid UTF-8. Raises ValueError for a name that is no special token, and for a text that holds
+        one of disallowed_special ("all" but those allowed, or some).
 
         >>> tok = Tokenizer.train([], 257, special_tokens=["<|end|>"])
         >>> tok.encode("a<|end|>"), tok.encode("a<|end|>", allowed_special="all")
         ([97, 60, 124, 101, 110, 100, 124, 62], [97, 256])
         """
         known = self._vocabulary.special_tokens
-        names = list(known) if allowed_special == "all" else allowed_special
-        names = [names] if isinstance(names, str) else list(names)
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"Tokenizer.encode: expected allowed_special among {sorted(known)}, got {unknown[0]!r}")
-        specials = [(self._vocabulary.tokens[known[name]], known[name]) for name in names]
+        names = self._special_names(allowed_special, "allowed_special")
+        banned = self._special_names(disallowed_special, "disallowed_special")
         data = self._normalized(text)
+        if banned:
+            data = _utf8(data, "Tokenizer.encode")
+            found = next((n for n in banned if self._vocabulary.tokens[known[n]] in data
+                          and not (disallowed_special == "all" and n in names)), None)
+            if found is not None:
+                raise ValueError(f"Tokenizer.encode: expected a text without the special token {found!r}; name it in "
+                                 "allowed_special to have it parsed")
+        specials = [(self._vocabulary.tokens[known[name]], known[name]) for name in names]
         if self.pattern in PATTERNS:
             return self._model.encode(data, specials)
         return self._encode_by_regex(_utf8(data, "Tokenizer.encode"), dict(specials))
+
+    def _special_names(self, given: Iterable[str] | str, argument: str) -> list[str]:
+        known = self._vocabulary.special_tokens
+        names = list(known) if given == "all" else [given] if isinstance(given, str) else list(given)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"Tokenizer.encode: expected {argument} among {sorted(known)}, got {unknown[0]!r}")
+        return names
 
     def encode_batch(self, texts: Iterable[str | bytes], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Many texts as plain text: (ids int32 (N,), offsets int64 (B+1,)); text i is ids[offsets[i]:offsets[i+1]].

@@ -5,6 +5,7 @@ A vocabulary in either format becomes a `Vocabulary`: plain data, from which `to
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from nanorlhf import _C
 from nanorlhf.pretokenize import PATTERNS, SPELLINGS
+
 
 @dataclass
 class Vocabulary:
@@ -165,6 +167,42 @@ def read_tiktoken(path: Path, pattern: str) -> Vocabulary:
     return Vocabulary(tokens, {}, pattern, merges=None)
 
 
+def write_tiktoken(v: Vocabulary, path: Path) -> None:
+    """Writes a rank file of the ordinary tokens; it holds neither special tokens nor the split rule.
+
+    Raises ValueError when ranks by bytes would not give this vocabulary's ids.
+    """
+    special_ids = set(v.special_tokens.values())
+    ranks = {i: token for i, token in enumerate(v.tokens) if token and i not in special_ids}
+    if v.nfc or (v.merges is None and not v.whole_piece_first):
+        raise ValueError(f"Tokenizer.save: expected no normalizer and whole pieces first for the rank file {path}")
+    if v.merges is not None:
+        # A merge list is the same as ranks by bytes if its results rise and the bytes of each token merge to that token:
+        # by induction over their length, each token is then made by the same pair in both.
+        model = _C.BpeModel(v.tokens, sorted(special_ids), v.merges, v.results, False, False, "")
+        odd = next((i for i, token in ranks.items() if model.encode_pieces([token]) != [i]), None)
+        if odd is None and any(a >= b for a, b in zip(v.results, v.results[1:])):
+            odd = next(b for a, b in zip(v.results, v.results[1:]) if a >= b)
+        if odd is not None:
+            raise ValueError(
+                f"Tokenizer.save: expected merges that are ranks by bytes for the rank file {path}, got token {odd} "
+                f"({v.tokens[odd]!r}), which is not made so; a folder can hold it"
+            )
+    lines = (base64.b64encode(token) + b" %d\n" % i for i, token in ranks.items())
+    _replace(path, b"".join(lines))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_bytes(data)
+    os.replace(fresh, path)
+
+
+def write_json(v: Vocabulary, path: Path) -> None:
+    """Writes a tokenizer.json file."""
+    _replace(path, json.dumps(to_json(v), ensure_ascii=False).encode())
+
+
 def write_folder(v: Vocabulary, folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads too."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,11 +211,8 @@ def write_folder(v: Vocabulary, folder: Path) -> None:
         config["eos_token"] = "<|endoftext|>"
     # Only for this package: tells ranks by bytes from the merge list that spells them out.
     config["nanorlhf"] = {"ranks_by_bytes": v.merges is None}
-    for name, text in (("tokenizer.json", json.dumps(to_json(v), ensure_ascii=False)),
-                       ("tokenizer_config.json", json.dumps(config, indent=2) + "\n")):
-        fresh = folder / (name + ".tmp")
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, folder / name)
+    write_json(v, folder / "tokenizer.json")
+    _replace(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def read_folder(folder: Path) -> Vocabulary:
