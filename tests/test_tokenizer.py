@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import weakref
 import sysconfig
 import threading
 from pathlib import Path
@@ -65,6 +66,26 @@ def test_special_text_is_plain_text_unless_it_is_named():
     assert TOK.encode("<|end|>", allowed_special="<|end|>") == [ids["<|end|>"]]
     with pytest.raises(ValueError, match="expected allowed_special among .*, got '<|nope|>'"):
         TOK.encode("a", {"<|nope|>"})
+
+
+def test_special_tokens_in_a_text_are_an_error_when_asked_for():
+    assert TOK.encode("no <|end> here", disallowed_special="all") == TOK.encode("no <|end> here")
+    for banned in ("all", ["<|end|>"], "<|end|>"):
+        with pytest.raises(ValueError, match=r"expected a text without the special token '<\|end\|>'; name it in allowed"):
+            TOK.encode("a<|end|>b", disallowed_special=banned)
+    assert TOK.encode("a<|end|>", "all", disallowed_special="all") == TOK.encode("a<|end|>", "all")
+    with pytest.raises(ValueError, match="without the special token"):
+        TOK.encode(b"a<|end|>", "all", disallowed_special="<|end|>")
+    with pytest.raises(ValueError, match="expected disallowed_special among"):
+        TOK.encode("a", disallowed_special=["<|nope|>"])
+
+
+def test_a_tokenizer_goes_when_its_last_user_does():
+    tok = Tokenizer.train([SAMPLE], 300)
+    gone, encode = weakref.ref(tok), tok.encode
+    del tok
+    assert gone() is None
+    assert encode("abc") == encode(text="abc") == [97, 98, 99]
 
 
 def test_of_special_tokens_at_one_place_the_longest_is_parsed():

@@ -1,0 +1,75 @@
+"""The formats that `Tokenizer.save` writes, read by those who made them. Everything that a folder holds is in
+test_tokenizer.py; here are the single files, and what a rank file cannot hold."""
+
+import gzip
+from importlib.resources import files
+
+import pytest
+import tiktoken
+import tiktoken.load
+import tokenizers
+
+from nanorlhf.pretokenize import PATTERNS
+from nanorlhf.tokenizer import Tokenizer
+from nanorlhf.tokenizer_json import Vocabulary
+
+SAMPLE = "It's a test, we'll see: 1234 tests tested 漢字かな 'naïve'\n\n  x == y;\t\tend " * 3
+BYTES = [bytes([b]) for b in range(256)]
+
+
+def ranks_of(path):
+    return tiktoken.load.load_tiktoken_bpe(str(path))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("tie_break", ["hf", "raw", "first"])
+def test_a_trained_vocabulary_is_a_rank_file_to_tiktoken(pattern, tie_break, tmp_path):
+    tok = Tokenizer.train([SAMPLE], 300, pattern=pattern, special_tokens=["<|end|>"], tie_break=tie_break)
+    tok.save(tmp_path / "x.tiktoken")
+    peer = tiktoken.Encoding("t", pat_str=PATTERNS[pattern], mergeable_ranks=ranks_of(tmp_path / "x.tiktoken"), special_tokens={})
+    again = Tokenizer.load(tmp_path / "x.tiktoken", pattern=pattern)
+    for text in (SAMPLE, SAMPLE[::-1], "tes" * 100):
+        assert tok.encode(text) == again.encode(text) == peer.encode_ordinary(text)
+    assert again.special_tokens == {} and again.vocab_size == tok.vocab_size - 1
+
+
+def test_a_rank_file_comes_out_as_it_went_in(tmp_path):
+    package = pytest.importorskip("bpe_openai", reason="it carries the vocabularies")
+    text = gzip.decompress((files(package) / "data/cl100k_base.tiktoken.gz").read_bytes())
+    (tmp_path / "a.tiktoken").write_bytes(text)
+    Tokenizer.load(tmp_path / "a.tiktoken", pattern="cl100k").save(tmp_path / "b.tiktoken")
+    assert (tmp_path / "b.tiktoken").read_bytes() == text
+
+
+def test_a_json_file_comes_back_and_loads_in_hugging_face(tmp_path):
+    tok = Tokenizer.train([SAMPLE], 300, special_tokens=["<|end|>"])
+    tok.save(tmp_path / "x.json")
+    text = SAMPLE + "<|end|>"
+    expected = tok.encode(text, "all")
+    assert Tokenizer.load(tmp_path / "x.json").encode(text, "all") == expected
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "x.json")).encode(text).ids == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    "tokens, merges, results, got",
+    [
+        # "abc" can only be made of a and bc, but ab comes first: the bytes of "abc" never become it.
+        ([b"ab", b"bc", b"abc"], [(97, 98), (98, 99), (97, 257)], [256, 257, 258], "token 258"),
+        # The list makes "ab" last, its id would make it first.
+        ([b"ab", b"bc"], [(98, 99), (97, 98)], [257, 256], "token 256"),
+    ],
+)
+def test_a_merge_list_that_is_no_ranking_is_an_error(tokens, merges, results, got, tmp_path):
+    tok = Tokenizer(Vocabulary(BYTES + tokens, {}, "gpt2", merges, results))
+    with pytest.raises(ValueError, match=f"expected merges that are ranks by bytes .*, got {got}"):
+        tok.save(tmp_path / "x.tiktoken")
+    assert not list(tmp_path.iterdir())
+    tok.save(tmp_path / "folder")
+    assert Tokenizer.load(tmp_path / "folder").encode("abc abc") == tok.encode("abc abc")
+
+
+def test_a_normalizer_is_not_lost_in_a_rank_file(tmp_path):
+    tok = Tokenizer(Vocabulary(BYTES, {}, "qwen2", [], [], nfc=True))
+    with pytest.raises(ValueError, match="expected no normalizer"):
+        tok.save(tmp_path / "x.tiktoken")
