@@ -143,11 +143,13 @@ uint32_t Model::find_whole(const uint8_t* piece, size_t n, const PieceKey& key) 
 
 // ---------------------------------------------------------------- texts
 
-// A piece whose ids are not just to be copied from its first slots.
-void Model::encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, PieceCache& cache, Ids& out) const {
+// A piece whose ids are not just to be copied from one of its first slots; `slot` is the second, or one that has it.
+void Model::encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, const PieceCache::Slot* slot,
+                          PieceCache& cache, Ids& out) const {
     size_t n_ids = 0;
     if (key.is_short()) {
-        if (const PieceCache::Slot* slot = cache.find(key)) {
+        if (!slot->is(key)) slot = slot->high ? cache.find_further(key) : nullptr;
+        if (slot) {
             const uint32_t* ids = cache.ids_of(*slot, n_ids);
             out.append(ids, n_ids);
             out.data()[out.size() - n_ids] &= PieceCache::kIdBits;
@@ -225,8 +227,7 @@ void Model::encode_text(Pattern pattern, std::string_view text, PieceCache& cach
         size_t made = 0;
         auto make = [&]() __attribute__((always_inline)) {
             PieceKey& key = keys[made];
-            maker.make(ends[made++], key);
-            if (__builtin_expect(key.is_short(), 1)) __builtin_prefetch(places.bucket(key.hash));
+            if (maker.make(ends[made++], key)) __builtin_prefetch(places.bucket(key.hash));
             else __builtin_prefetch(places.of_long(key.hash));
         };
         while (made < (cold ? count : std::min(count, kAhead))) make();
@@ -246,7 +247,7 @@ void Model::encode_text(Pattern pattern, std::string_view text, PieceCache& cach
                 continue;
             }
             out.set_end(to);
-            encode_missed(s + start, ends[i] - start, key, cache, out);
+            encode_missed(s + start, ends[i] - start, key, slot, cache, out);
             out.room_for(4 * (count - i));
             to = out.end();
         }

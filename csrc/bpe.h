@@ -100,7 +100,8 @@ private:
     void add_merges(const std::vector<Merge>& merges);
     void find_merges(const std::vector<Kind>& kinds);
     void encode_uncached(const uint8_t* piece, size_t n, uint32_t whole, Ids& out) const;
-    void encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, PieceCache& cache, Ids& out) const;
+    void encode_missed(const uint8_t* piece, size_t n, const PieceKey& key, const PieceCache::Slot* slot,
+                       PieceCache& cache, Ids& out) const;
     static void keep(const uint8_t* piece, size_t n, const PieceKey& key, const uint32_t* ids, size_t n_ids, PieceCache& cache);
     size_t learn(const uint8_t* text, size_t begin, const size_t* ends, const PieceKey* keys, size_t count,
                  PieceCache& cache) const;

@@ -46,15 +46,17 @@ public:
     const Slot* find(const PieceKey& key) const {
         const Slot* two = bucket(key.hash);
         if (two[0].is(key)) return two;
-        return two[1].is(key) ? two + 1 : find_further(two, key);
+        if (two[1].is(key)) return two + 1;
+        return two[1].high ? find_further(key) : nullptr;
     }
 
-    // The same if it is in neither of its first two slots.
-    const Slot* find_further(const Slot* two, const PieceKey& key) const {
-        for (size_t probe = 1; probe < kProbes && two[1].high; probe++) {
-            two = bucket(key.hash + probe);
+    // The same if its first two slots have other pieces.
+    const Slot* find_further(const PieceKey& key) const {
+        for (size_t probe = 1; probe < kProbes; probe++) {
+            const Slot* two = bucket(key.hash + probe);
             if (two[0].is(key)) return two;
             if (two[1].is(key)) return two + 1;
+            if (!two[1].high) break;
         }
         return nullptr;
     }

@@ -64,12 +64,19 @@ class KeyMaker {
 public:
     KeyMaker(const uint8_t* text, size_t size) : text_(text), size_(size) {}
 
-    [[gnu::always_inline]] void make(size_t end, PieceKey& key) {
+    // Whether the piece is short.
+    [[gnu::always_inline]] bool make(size_t end, PieceKey& key) {
+        const uint8_t* p = text_ + begin_;
         const size_t n = end - begin_;
-        if (__builtin_expect(begin_ + 16 > size_, 0)) key = PieceKey::of(text_ + begin_, n);
-        else if (__builtin_expect(n > PieceKey::kShort, 0)) key.make_long(text_ + begin_, n);
-        else key.make_short(text_ + begin_, n);
+        const bool inside = begin_ + 16 <= size_;
         begin_ = end;
+        if (__builtin_expect(n > PieceKey::kShort, 0)) {
+            key.make_long(p, n);
+            return false;
+        }
+        if (__builtin_expect(inside, 1)) key.make_short(p, n);
+        else key = PieceKey::of(p, n);
+        return true;
     }
 
 private:

@@ -68,7 +68,7 @@ public:
     }
 
 private:
-    static constexpr size_t kWidth = Window::kWidth, kOverlap = 10, kStride = kWidth - kOverlap, kTogether = 8, kAhead = 256;
+    static constexpr size_t kWidth = Window::kWidth, kOverlap = 10, kStride = kWidth - kOverlap, kTogether = 16, kAhead = 256;
     struct Placed {
         uint32_t id;
         size_t start, end;  // in the piece

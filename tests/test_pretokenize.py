@@ -164,6 +164,18 @@ def test_scanners_of_blocks_split_like_the_scanner_of_characters(name):
 
 
 @pytest.mark.parametrize("name", PATTERNS)
+def test_scanners_of_blocks_know_every_code_point(name):
+    """Each among letters, at every place that a window can cut, and before and after each of its neighbours."""
+    points = [chr(c) for c in range(0x80, 0x30000) if not 0xD800 <= c < 0xE000]
+    text = "".join(points[::-1]) + "".join(f"a{c}b {c}{c}'s{c}1" for c in points)
+    expected = _C.pretokenize(name, text.encode(), "portable")
+    for isa in isas():
+        found = _C.pretokenize(name, text.encode(), isa)
+        wrong = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), None)
+        assert wrong is None and len(found) == len(expected), (isa, found[wrong], expected[wrong])
+
+
+@pytest.mark.parametrize("name", PATTERNS)
 def test_the_last_safe_cut_leaves_the_pieces_as_they_were(name):
     for text in [*awkward_strings(300, seed=5), "one two\nthree four. Five\nsix", CODE[:5000]]:
         data = text.encode()
