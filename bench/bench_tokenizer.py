@@ -2,11 +2,14 @@
 
     pip install -e ".[bench,data]" && python bench/bench_tokenizer.py --json FILE [--only WORDS]
 
+--only takes the cases whose name holds those words.
+
 One thread unless a case says so; every peer by its fastest call. Cold is a fresh object that has encoded one character;
 warm is one that has seen the text. A peer that is not installed is left out. No number counts before the ids are
 tiktoken's: `check` compares them first.
 """
 
+import argparse
 import base64
 import gettext
 import gzip
@@ -282,6 +285,9 @@ TRAIN = {
 }
 
 
+TRAININGS = {"train 24 MB, 32768 tokens, 2 threads": (24, 5), "train 1 GB, memory": (1000, 1)}  # MB, repeats
+
+
 def train_once(name, path, size):
     """(seconds, peak resident bytes beyond those before) of training in a process of its own."""
     script = (f"import re, time\n{TRAIN[name]}\n"
@@ -324,7 +330,13 @@ def test_tokenizer(benchmark, case, contender):
 
 
 def main():
-    only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else ""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--only", default="", help="words of a case's name")
+    asked = parser.parse_args()
+    names = [*CASES, *TRAININGS]
+    if not any(asked.only in name for name in names):
+        parser.error(f"expected --only to be part of one of {', '.join(names)}, got {asked.only}")
     rows, machine = [], {"isa": _C.isa(), "python": platform.python_version(), "machine": platform.processor()}
     versions = {n: importlib.metadata.version(n) for n in ("tiktoken", "tokenizers", "gigatoken", "quicktok-v1", "gigabpe")
                 if peer(n.replace("-v1", ""))}
@@ -336,7 +348,7 @@ def main():
               f"{f'ours {ratio:5.2f} x' if ratio else ''}", flush=True)
 
     for case, build in CASES.items():
-        if only not in case:
+        if asked.only not in case:
             continue
         size, contenders = build()
         result = measure(contenders)
@@ -344,8 +356,8 @@ def main():
             ratio = None if name == "nanorlhf" else median / result["nanorlhf"][0]
             show(case, name, median, spread, ratio, size / median / 1e6 if size else None)
     with tempfile.TemporaryDirectory() as folder:
-        for case, megabytes, repeats in (("train 24 MB, 32768 tokens, 2 threads", 24, 5), ("train 1 GB, memory", 1000, 1)):
-            if only not in case or ("1 GB" in case and only not in ("train", "train 1 GB, memory")):
+        for case, (megabytes, repeats) in TRAININGS.items():
+            if asked.only not in case:
                 continue
             result = training(megabytes, 32768, repeats, folder)
             for name, (median, spread, peak) in result.items():
@@ -353,8 +365,8 @@ def main():
                 show(case, name, median, spread, ratio, megabytes / median)
                 rows[-1]["peak_bytes"] = peak
                 print(f"{'':36} {name:10} peak {peak / 1e6:.0f} MB")
-    if "--json" in sys.argv[:-1]:
-        Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps({"machine": {**machine, **versions}, "rows": rows}, indent=1))
+    if asked.json:
+        asked.json.write_text(json.dumps({"machine": {**machine, **versions}, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -120,14 +120,19 @@ private:
     static constexpr size_t kFewestBuckets = 1 << 15, kMostBuckets = 1 << 18;
     static constexpr size_t kWords = 1 << 21, kLongest = 1024, kProbes = 8;
 
+    using Pages = std::unique_ptr<void, GivePages>;
+    static Pages zeroed_slots(size_t buckets) {
+        return Pages(take_pages(2 * buckets * sizeof(Slot), 2 * buckets * sizeof(Slot)));
+    }
+
     size_t mask_ = kFewestBuckets - 1, kept_ = 0;
-    std::unique_ptr<Pages> slots_ = std::make_unique<Pages>(2 * kFewestBuckets * sizeof(Slot));
-    Pages pages_{2 * kLongs * sizeof(Long) + kWords * sizeof(uint32_t), 2 * kLongs * sizeof(Long)};
+    Pages slots_ = zeroed_slots(kFewestBuckets);
+    Pages pages_{take_pages(2 * kLongs * sizeof(Long) + kWords * sizeof(uint32_t), 2 * kLongs * sizeof(Long))};
     Long* longs_ = static_cast<Long*>(pages_.get());
     uint32_t* words_ = reinterpret_cast<uint32_t*>(longs_ + 2 * kLongs);
     size_t used_ = 1;  // word 0 is nobody's
 
-    Slot* slots() const { return static_cast<Slot*>(slots_->get()); }
+    Slot* slots() const { return static_cast<Slot*>(slots_.get()); }
     Long* longs_of(uint64_t hash) const { return longs_ + 2 * (hash & (kLongs - 1)); }
 
     // Behind a full bucket the next few are tried; the last slot of all gives way.
@@ -147,14 +152,14 @@ private:
         const size_t before = 2 * (mask_ + 1);
         mask_ = 2 * mask_ + 1;
         kept_ = 0;
-        auto old = std::exchange(slots_, std::make_unique<Pages>(2 * (mask_ + 1) * sizeof(Slot)));
-        const Slot* slots = static_cast<const Slot*>(old->get());
+        const Pages old = std::exchange(slots_, zeroed_slots(mask_ + 1));
+        const Slot* slots = static_cast<const Slot*>(old.get());
         for (size_t i = 0; i < before; i++)
             if (slots[i].high) put(slots[i], PieceKey::hash_of(slots[i].low, slots[i].high));
     }
 
     void forget() {
-        std::memset(slots_->get(), 0, 2 * (mask_ + 1) * sizeof(Slot));
+        std::memset(slots_.get(), 0, 2 * (mask_ + 1) * sizeof(Slot));
         std::memset(static_cast<void*>(longs_), 0, 2 * kLongs * sizeof(Long));
         used_ = 1;
         kept_ = 0;

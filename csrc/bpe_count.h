@@ -34,8 +34,8 @@ public:
     std::string_view piece(size_t i) const;
 
 private:
-    std::vector<Entry> entries_;
-    std::vector<uint64_t> slots_;  // high half of the hash, index into entries_ + 1; 0 is free
+    PagedVector<Entry> entries_;
+    PagedVector<uint64_t> slots_;  // high half of the hash, index into entries_ + 1; 0 is free
     std::string arena_;            // the bytes of pieces of more than 15
 
     void count_key(const PieceKey& key, std::string_view piece, int64_t count, uint64_t first);

@@ -65,7 +65,7 @@ private:
     struct Slot {
         uint64_t key, value;
     };
-    std::vector<Slot> slots_;
+    PagedVector<Slot> slots_;
     size_t size_ = 0, mask_ = 0;
 
     void resize(size_t expected) {
@@ -74,7 +74,7 @@ private:
     }
 
     void grow() {
-        std::vector<Slot> old = std::move(slots_);
+        const PagedVector<Slot> old = std::move(slots_);
         resize(old.size());
         size_ = 0;
         for (const Slot& s : old)

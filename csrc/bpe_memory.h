@@ -1,7 +1,6 @@
 // Memory for the tokenizer: arrays that grow without being cleared, and large tables that are read at random.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -9,36 +8,47 @@
 #include <memory>
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace bpe {
 
-// Large memory, in large pages where the system has them. The first `zeroed` bytes are zero.
+// Memory in large pages where the system has them; the first `zeroed` bytes are zero. Throws std::bad_alloc.
 //
 // Fresh memory from the system is dear to touch, far more so on a virtual machine, so some of what is given back is kept for
 // the next: a few blocks that are taken and left by atomic exchanges, which also is safe after fork.
-class Pages {
-public:
-    explicit Pages(size_t bytes) : Pages(bytes, bytes) {}
-    Pages(size_t bytes, size_t zeroed);
-    Pages(const Pages&) = delete;
-    Pages& operator=(const Pages&) = delete;
-    ~Pages();
-    void* get() const { return reinterpret_cast<char*>(block_) + block_->offset; }
+void* take_pages(size_t bytes, size_t zeroed);
+void give_pages(void* memory);
 
-private:
-    static constexpr size_t kHuge = 2u << 20, kKept = 12, kMostKept = 64u << 20;  // blocks and bytes that are kept
-    struct Block {
-        size_t size, offset;  // of the mapping, which begins here; where its first large page begins
-    };
-    Block* block_;
-
-    static std::atomic<Block*>* kept();
-    static std::atomic<size_t>& kept_bytes();
-    static Block* take(size_t bytes);
-    static bool leave(Block* block);
+struct GivePages {
+    void operator()(void* memory) const { give_pages(memory); }
 };
 
-// A growing array. Room is asked for before it is written to, and is not cleared. A large one is in such memory.
+constexpr size_t kLarge = 1 << 20;  // bytes from which on memory is taken so
+
+// For std::vector.
+template <class T>
+struct PageAllocator {
+    using value_type = T;
+    PageAllocator() = default;
+    template <class U>
+    PageAllocator(const PageAllocator<U>&) {}
+    T* allocate(size_t n) {
+        void* memory = n * sizeof(T) < kLarge ? std::malloc(n * sizeof(T)) : take_pages(n * sizeof(T), 0);
+        if (!memory) throw std::bad_alloc();
+        return static_cast<T*>(memory);
+    }
+    void deallocate(T* memory, size_t n) {
+        if (n * sizeof(T) < kLarge) std::free(memory);
+        else give_pages(memory);
+    }
+    bool operator==(const PageAllocator&) const { return true; }
+    bool operator!=(const PageAllocator&) const { return false; }
+};
+
+template <class T>
+using PagedVector = std::vector<T, PageAllocator<T>>;
+
+// A growing array. Room is asked for before it is written to, and is not cleared. A large one is in large pages.
 template <class T>
 class Buffer {
 public:
@@ -46,7 +56,6 @@ public:
     Buffer(Buffer&& other) noexcept { *this = std::move(other); }
     Buffer& operator=(Buffer&& other) noexcept {
         std::swap(data_, other.data_), std::swap(size_, other.size_), std::swap(capacity_, other.capacity_);
-        std::swap(pages_, other.pages_);
         return *this;
     }
     ~Buffer() { drop(); }
@@ -74,31 +83,21 @@ public:
     }
 
 private:
-    static constexpr size_t kLarge = 1 << 20;  // bytes
     T* data_ = nullptr;
     size_t size_ = 0, capacity_ = 0;
-    std::unique_ptr<Pages> pages_;  // what data_ is in, if it is large
 
     void drop() {
-        if (!pages_) std::free(data_);
-        pages_.reset();
+        if (data_) PageAllocator<T>().deallocate(data_, capacity_);
         data_ = nullptr;
         size_ = capacity_ = 0;
     }
 
     void grow(size_t least) {
         const size_t wanted = std::max<size_t>(least, capacity_ + capacity_ / 2 + 1024);
-        if (wanted * sizeof(T) < kLarge) {
-            void* moved = std::realloc(data_, wanted * sizeof(T));
-            if (!moved) throw std::bad_alloc();
-            data_ = static_cast<T*>(moved);
-        } else {
-            auto pages = std::make_unique<Pages>(wanted * sizeof(T), 0);
-            if (size_) std::memcpy(pages->get(), data_, size_ * sizeof(T));
-            if (!pages_) std::free(data_);
-            data_ = static_cast<T*>(pages->get());
-            pages_ = std::move(pages);
-        }
+        T* moved = PageAllocator<T>().allocate(wanted);
+        if (size_) std::memcpy(moved, data_, size_ * sizeof(T));
+        if (data_) PageAllocator<T>().deallocate(data_, capacity_);
+        data_ = moved;
         capacity_ = wanted;
     }
 };
@@ -106,18 +105,18 @@ private:
 using Ids = Buffer<uint32_t>;
 using Bytes = Buffer<char>;
 
-// A fixed number of zeroed values in such memory.
+// A fixed number of zeroed values in large pages.
 template <class T>
 class PagedArray {
 public:
-    explicit PagedArray(size_t n) : size_(n), pages_(n * sizeof(T)) {}
+    explicit PagedArray(size_t n) : size_(n), memory_(take_pages(n * sizeof(T), n * sizeof(T))) {}
     size_t size() const { return size_; }
-    T& operator[](size_t i) { return static_cast<T*>(pages_.get())[i]; }
-    const T& operator[](size_t i) const { return static_cast<const T*>(pages_.get())[i]; }
+    T& operator[](size_t i) { return static_cast<T*>(memory_.get())[i]; }
+    const T& operator[](size_t i) const { return static_cast<const T*>(memory_.get())[i]; }
 
 private:
     size_t size_;
-    Pages pages_;
+    std::unique_ptr<void, GivePages> memory_;
 };
 
 }  // namespace bpe

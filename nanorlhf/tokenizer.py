@@ -23,7 +23,7 @@ from nanorlhf.pretokenize import PATTERNS, known_pattern, pieces
 from nanorlhf.tokenizer_json import Vocabulary, read_folder, read_json, read_tiktoken, write_folder, write_json, write_tiktoken
 
 TIE_BREAKS = ("hf", "raw", "first")
-_BATCH_BYTES = 1 << 24  # text gathered before the native counter is called
+_BATCH_BYTES = 1 << 22  # text gathered before the native counter is called
 _MERGES = 1024  # merges between two looks at the keyboard
 
 
