@@ -214,7 +214,7 @@ void Model::keep(const uint8_t* piece, size_t n, const PieceKey& key, const uint
 // The keys go some pieces ahead: where each is in the cache is fetched while others are read. Where many were missing
 // lately, all keys of the next pieces are made at once and those that are missing are learnt first.
 void Model::encode_text(Pattern pattern, std::string_view text, PieceCache& cache, Ids& out) const {
-    constexpr size_t kRoom = pretokenize::Splitter::kRoom, kMany = 4, kAhead = 48;
+    constexpr size_t kRoom = pretokenize::Splitter::kRoom, kMany = 4, kAhead = 48, kSoon = 16;
     pretokenize::Splitter splitter(pattern, text);
     size_t ends[kRoom], start = 0;
     PieceKey keys[kRoom];
@@ -236,6 +236,7 @@ void Model::encode_text(Pattern pattern, std::string_view text, PieceCache& cach
         uint32_t* to = out.end();
         for (size_t i = 0; i < count; start = ends[i++]) {
             if (made < count) make();
+            if (i + kSoon < count && __builtin_expect(!keys[i + kSoon].is_short(), 0)) places.fetch_long(keys[i + kSoon].hash);
             const PieceKey& key = keys[i];
             const PieceCache::Slot* slot = places.bucket(key.hash);
             slot += !slot->is(key);

@@ -36,11 +36,18 @@ public:
     struct Places {
         Slot* slots;
         const Long* longs;
+        const uint32_t* words;
         size_t mask;
         Slot* bucket(uint64_t hash) const { return slots + 2 * (hash & mask); }
         const Long* of_long(uint64_t hash) const { return longs + 2 * (hash & (kLongs - 1)); }
+        // Of a long piece whose place is at hand, its bytes and ids.
+        [[gnu::always_inline]] void fetch_long(uint64_t hash) const {
+            const Long* entry = of_long(hash);
+            entry += entry->hash != hash;
+            __builtin_prefetch(words + entry->offset);
+        }
     };
-    Places places() const { return {slots(), longs_, mask_}; }
+    Places places() const { return {slots(), longs_, words_, mask_}; }
 
     // The slot of a short piece, or null.
     const Slot* find(const PieceKey& key) const {
@@ -70,7 +77,8 @@ public:
 
     // Sees to it that that many pieces can be kept without a slot that moves.
     void make_room(size_t pieces) {
-        if (10 * (kept_ + pieces) > 6 * 2 * (mask_ + 1)) grow();
+        const size_t most = mask_ + 1 == kMostBuckets ? 7 : 4;  // tenths of the slots: a full table is slow to read
+        if (10 * (kept_ + pieces) > most * 2 * (mask_ + 1)) grow();
     }
 
     void keep(const PieceKey& key, const uint32_t* ids, size_t n_ids) {
