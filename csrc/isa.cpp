@@ -21,6 +21,7 @@ struct Choice {
 bool offers(const std::string& name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (name == "avx512bf16") return offers("avx512") && HAS("avx512bf16");
     if (name == "avx512") return HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq");
     if (name == "avx2") return HAS("avx2") && HAS("fma");
 #endif
@@ -29,6 +30,7 @@ bool offers(const std::string& name) {
 
 const Kernels* table_of(const std::string& name) {
 #if defined(__x86_64__)
+    if (name == "avx512bf16") return &kernels_avx512bf16;
     if (name == "avx512") return &kernels_avx512;
     if (name == "avx2") return &kernels_avx2;
 #endif
@@ -36,14 +38,14 @@ const Kernels* table_of(const std::string& name) {
 }
 
 Choice choose() {
-    const std::vector<std::string> names = {"avx512", "avx2", "portable"};
+    const std::vector<std::string> names = {"avx512bf16", "avx512", "avx2", "portable"};
     if (const char* forced = std::getenv("NANORLHF_ISA"); forced && *forced) {
         for (const std::string& name : names) {
             if (name != forced) continue;
             if (!offers(name)) throw std::invalid_argument("NANORLHF_ISA: this CPU does not offer " + name);
             return {name, table_of(name)};
         }
-        throw std::invalid_argument("NANORLHF_ISA: expected portable, avx2 or avx512, got " + std::string(forced));
+        throw std::invalid_argument("NANORLHF_ISA: expected portable, avx2, avx512 or avx512bf16, got " + std::string(forced));
     }
     for (const std::string& name : names)
         if (offers(name)) return {name, table_of(name)};

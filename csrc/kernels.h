@@ -32,4 +32,5 @@ extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;  // the same, with products of bf16 where a kernel has them
 #endif

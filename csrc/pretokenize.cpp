@@ -160,7 +160,7 @@ size_t scan_portable(Pattern pattern, const uint8_t* text, size_t n, size_t star
 
 static ScanFunction scanner(std::string_view name) {
 #if defined(__x86_64__)
-    if (name == "avx512") return scan_avx512;
+    if (name.substr(0, 6) == "avx512") return scan_avx512;
     if (name == "avx2") return scan_avx2;
 #endif
     return scan_portable;
