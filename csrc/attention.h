@@ -49,7 +49,10 @@ constexpr int64_t attention_forward_scratch(int64_t length, int64_t dim) {
     return 2 * length * width + 4 * 32 * width + 32 * KEYS_PER_PASS;
 }
 constexpr int64_t attention_backward_scratch(int64_t length, int64_t dim) {
-    return 8 * length * dim + 2 * 16 * dim + 3 * length + 2 * 16 * QUERIES_PER_PASS;
+    const int64_t width = (dim + 31) / 32 * 32, rows = (length + 31) / 32 * 32;  // of bf16, whose tiles have 32 keys
+    const int64_t of_floats = 8 * length * dim + 2 * 16 * dim + 3 * length + 2 * 16 * QUERIES_PER_PASS;
+    const int64_t of_bf16 = 5 * rows * width + 4 * 32 * width + 2 * rows + 4 * 32 * QUERIES_PER_PASS;
+    return of_floats > of_bf16 ? of_floats : of_bf16;
 }
 
 void attention_forward(const AttentionProblem& problem, int num_threads);
