@@ -63,6 +63,29 @@ def test_bf16_matches_the_oracle(causal):
     check((70, 1, 33), 4, 2, 64, causal, torch.bfloat16)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(1,), (15, 16, 17), (0, 5, 0), (31, 1, 33), (64, 129), (300,), (530, 2)])
+def test_bf16_lengths_around_the_tiles_match_the_oracle(lengths, causal):
+    check(lengths, 2, 1, 32, causal, torch.bfloat16)
+
+
+@pytest.mark.parametrize("D", [1, 3, 16, 20, 48, 64, 96, 100, 128, 255, 256])
+def test_bf16_every_head_size_matches_the_oracle(D):
+    check((19, 40), 4, 2, D, True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-35, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_scale_matches_the_oracle(scale, dtype):
+    cu_seqlens = ragged(37, 5)
+    assert_earned(
+        lambda q, k, v: attention(q, k, v, cu_seqlens, True, scale),
+        lambda q, k, v: attention_reference(q, k, v, cu_seqlens, True, scale),
+        random_qkv((37, 5), 2, 1, 16),
+        dtype,
+    )
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=5), st.integers(1, 40), st.booleans())
 def test_any_packing_matches_the_oracle(lengths, D, causal):
