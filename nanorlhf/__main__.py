@@ -1,6 +1,7 @@
 """The command line: ``nanorlhf VERB``. It wires flags to calls; the work is done elsewhere."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -170,6 +171,9 @@ def main() -> None:
             return
         verbs = {"run": _run(_preset(words)), **VERBS}
         tyro.extras.subcommand_cli_from_dict(verbs, prog="nanorlhf", description=__doc__)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         sentence = error.args[0] if isinstance(error, KeyError) else error
         CONSOLE.print(f"nanorlhf: {sentence}", markup=False, highlight=False, soft_wrap=True)

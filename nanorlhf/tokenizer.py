@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from nanorlhf import _C
 from nanorlhf.pretokenize import PATTERNS, known_pattern, pieces
-from nanorlhf.tokenizer_json import Vocabulary, read_folder, read_json, read_tiktoken, write_folder, write_json, write_tiktoken
+from nanorlhf.tokenizer_json import Vocabulary, add_special_tokens, read_folder, read_json, read_tiktoken, write_folder, write_json, write_tiktoken
 
 TIE_BREAKS = ("hf", "raw", "first")
 _BATCH_BYTES = 1 << 22  # text gathered before the native counter is called
@@ -54,6 +54,8 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: Vocabulary):
+        if not isinstance(vocabulary, Vocabulary):
+            raise ValueError(f"Tokenizer: expected a Vocabulary, got {type(vocabulary).__name__}; files are read by Tokenizer.load")
         v = self._vocabulary = vocabulary
         v.pattern = known_pattern(v.pattern)
         specials = sorted(v.special_tokens.values())
@@ -120,6 +122,9 @@ class Tokenizer:
 
         Raises ValueError when the text cannot give that many tokens, or a file is missing or empty.
         """
+        if isinstance(special_tokens, str) or not (threads is None or isinstance(threads, int)):
+            raise ValueError(f"Tokenizer.train: expected a list of special tokens and a number of threads, got {special_tokens!r} "
+                             f"and {threads!r}")
         special_tokens = list(special_tokens)
         if tie_break not in TIE_BREAKS:
             raise ValueError(f"Tokenizer.train: expected tie_break among {', '.join(TIE_BREAKS)}, got {tie_break!r}")
@@ -127,7 +132,7 @@ class Tokenizer:
             raise ValueError(f"Tokenizer.train: expected distinct, non-empty special tokens, got {special_tokens}")
         fixed = 256 + len(special_tokens)
         if not isinstance(vocab_size, (int, np.integer)) or vocab_size < fixed:
-            raise ValueError(f"Tokenizer.train: expected vocab_size of at least {fixed}, got {vocab_size}")
+            raise ValueError(f"Tokenizer.train: expected vocab_size of at least {fixed}, got {vocab_size!r}")
         pattern = known_pattern(pattern)
         with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=not progress) as bar:
             training = _count(texts_or_paths, pattern, _default_threads() if threads is None else threads, bar)
@@ -154,11 +159,13 @@ class Tokenizer:
         return cls(Vocabulary(tokens, specials, pattern, merges, results, whole_piece_first=True))
 
     @classmethod
-    def load(cls, path: str | os.PathLike, pattern: str | None = None) -> Tokenizer:
+    def load(cls, path: str | os.PathLike, pattern: str | None = None,
+             special_tokens: dict[str, int] | None = None) -> Tokenizer:
         """Reads a folder that holds a tokenizer.json, a tokenizer.json itself, or a .tiktoken rank file.
 
-        A rank file has no split rule, so it needs the pattern. Raises ValueError for a file that is missing or is not
-        a byte-level BPE.
+        A rank file has no split rule, so it needs the pattern, and no special tokens: special_tokens gives their texts and
+        ids, and adds to those of another file. Raises ValueError for a file that is missing or is not a byte-level BPE, and
+        for a special token whose id is another token's.
         """
         path = Path(path)
         if path.suffix == ".tiktoken":
@@ -166,10 +173,12 @@ class Tokenizer:
                 raise ValueError(f"Tokenizer.load: expected a pattern for the rank file {path}, got None")
             if not path.is_file():
                 raise ValueError(f"Tokenizer.load: expected a tokenizer at {path}, got no such file")
-            return cls(read_tiktoken(path, pattern))
-        vocabulary = read_folder(path) if path.is_dir() else read_json(path)
+            vocabulary = read_tiktoken(path, pattern)
+        else:
+            vocabulary = read_folder(path) if path.is_dir() else read_json(path)
         if pattern is not None:
             vocabulary.pattern = pattern
+        add_special_tokens(vocabulary, special_tokens or {})
         return cls(vocabulary)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -243,7 +252,7 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def _batch(self, texts: Iterable[str | bytes], threads: int | None, caller: str) -> tuple[Iterable, int]:
-        if isinstance(texts, (str, bytes)):
+        if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise ValueError(f"{caller}: expected a list of texts, got {type(texts).__name__}")
         if threads is not None and threads < 1:
             raise ValueError(f"{caller}: expected threads of at least 1, got {threads}")
@@ -309,7 +318,7 @@ class TokenStream:
 def _count(texts_or_paths: Iterable[str | bytes | os.PathLike], pattern: str, threads: int,
            bar: Progress) -> _C.BpeTraining:
     """Counts the pieces of texts and files, in their order."""
-    if isinstance(texts_or_paths, (str, bytes)):
+    if isinstance(texts_or_paths, (str, bytes)) or not isinstance(texts_or_paths, (Iterable, os.PathLike)):
         raise ValueError(f"Tokenizer.train: expected a list of texts or paths, got {type(texts_or_paths).__name__}")
     if isinstance(texts_or_paths, os.PathLike):
         texts_or_paths = [texts_or_paths]

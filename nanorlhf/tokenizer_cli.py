@@ -1,6 +1,7 @@
 """``nanorlhf tokenizer VERB``: train, encode, decode, inspect, bench."""
 
 import json
+import os
 import sys
 import sysconfig
 import time
@@ -16,59 +17,76 @@ from .data.sources import package_files
 from .tokenizer import Tokenizer
 from .tokenizer_twin import Twin
 
-Json = Annotated[bool, tyro.conf.arg(name="json")]
+Json = Annotated[bool, tyro.conf.arg(name="json", help="Print everything as JSON.")]
 SAMPLES = "conversations.yml"  # of chatterbot-corpus: the same small talk in some twenty languages
 
 
-def train(files: tyro.conf.Positional[Tuple[Path, ...]], out: str, vocab_size: int = 32768, pattern: str = "gpt4",
-          special_token: Tuple[str, ...] = (), tie_break: str = "hf", threads: Optional[int] = None) -> None:
+def train(files: tyro.conf.Positional[Tuple[Path, ...]], out: Path, vocab_size: int = 32768, pattern: str = "gpt4",
+          special_token: tyro.conf.UseAppendAction[Tuple[str, ...]] = (), tie_break: str = "hf",
+          threads: Optional[int] = None) -> None:
     """Learn a vocabulary from text files, which are read in pieces and need not fit in memory.
 
     Args:
-        files: UTF-8 text files; bytes that are not UTF-8 are kept.
-        out: The folder to write tokenizer.json to.
+        files: UTF-8 text files, at least one; bytes that are not UTF-8 are kept.
+        out: A folder, which gets a tokenizer.json, or a file that ends in .json or .tiktoken (without special tokens).
         vocab_size: All tokens: 256 bytes, merges, special tokens.
         pattern: How text is split: gpt2, gpt4 (cl100k), o200k, llama3, qwen2, or a regular expression.
-        special_token: Texts that get an id of their own and never merge.
-        tie_break: Among pairs of equal count: hf, raw or first.
-        threads: That count the text.
+        special_token: A text that gets an id of its own and never merges; may be given several times.
+        tie_break: Which of several pairs of equal count merges first: hf, as Hugging Face's trainer does; raw, the lowest
+            ids; first, the first in the text.
+        threads: How many threads count the text; as many as there are cores unless given.
     """
+    if not files:
+        raise ValueError("tokenizer train: expected text files, got none")
+    _make_room(out)
     began = time.perf_counter()
     tokenizer = Tokenizer.train(files, vocab_size, pattern, special_token, tie_break, threads, progress=True)
     tokenizer.save(out)
     megabytes = sum(f.stat().st_size for f in files) / 1e6
-    print(f"{tokenizer.vocab_size} tokens from {megabytes:.1f} MB in {time.perf_counter() - began:.1f} s: {out}/tokenizer.json")
+    print(f"{tokenizer.vocab_size} tokens from {megabytes:.1f} MB in {time.perf_counter() - began:.1f} s: {out}")
 
 
-def encode(path: tyro.conf.Positional[str], text: tyro.conf.Positional[Optional[str]] = None,
+def _make_room(out: Path) -> None:
+    """Finds out before the training whether its result can be written."""
+    is_file = out.suffix in (".json", ".tiktoken")
+    folder = out.parent if is_file else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"tokenizer train: expected a place to write to, got {out} ({error.strerror})") from error
+    if not os.access(folder, os.W_OK) or (is_file and out.is_dir()):
+        raise ValueError(f"tokenizer train: expected a place to write to, got {out}")
+
+
+def encode(path: tyro.conf.Positional[str], text: tyro.conf.Positional[Tuple[str, ...]] = (),
            pattern: Optional[str] = None, special: bool = False) -> None:
     """Print the ids of a text, or of what comes on the standard input, as JSON.
 
     Args:
         path: A folder with a tokenizer, a tokenizer.json or a .tiktoken file.
-        text: What to encode; without it, the standard input.
-        pattern: The split rule, which a .tiktoken file does not hold.
+        text: What to encode, words joined by a space (behind -- if it starts with --); without any, the standard input.
+        pattern: The split rule (gpt2, gpt4, o200k, llama3, qwen2 or a regular expression): a .tiktoken file needs it, in place
+            of what another holds.
         special: Take the texts of special tokens for those tokens.
     """
-    data = sys.stdin.buffer.read() if text is None else text
+    data = " ".join(text) if text else sys.stdin.buffer.read()
     print(json.dumps(Tokenizer.load(path, pattern).encode(data, allowed_special="all" if special else ())))
 
 
-def decode(path: tyro.conf.Positional[str], ids: tyro.conf.Positional[Tuple[int, ...]] = (),
-           pattern: Optional[str] = None) -> None:
+def decode(path: tyro.conf.Positional[str], ids: tyro.conf.Positional[Tuple[str, ...]] = ()) -> None:
     """Write the text of ids to the standard output, byte for byte.
 
     Args:
         path: A folder with a tokenizer, a tokenizer.json or a .tiktoken file.
-        ids: What to decode; without any, a JSON list on the standard input.
-        pattern: The split rule, which a .tiktoken file does not hold.
+        ids: What to decode, as a JSON list or with spaces or commas between; without any, the standard input.
     """
-    if not ids:
-        try:
-            ids = tuple(json.load(sys.stdin))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"tokenizer decode: expected a JSON list of ids on the standard input ({error})") from error
-    sys.stdout.buffer.write(Tokenizer.load(path, pattern).decode_bytes(ids))
+    given = " ".join(ids) if ids else sys.stdin.read()
+    try:
+        numbers = [int(word) for word in given.replace("[", " ").replace("]", " ").replace(",", " ").split()]
+    except ValueError as error:
+        raise ValueError(f"tokenizer decode: expected ids, got {given[:40].strip()!r}") from error
+    any_pattern = "gpt2" if path.endswith(".tiktoken") else None  # which decoding does not ask for
+    sys.stdout.buffer.write(Tokenizer.load(path, any_pattern).decode_bytes(numbers))
 
 
 def languages() -> dict[str, str]:
@@ -80,19 +98,19 @@ def languages() -> dict[str, str]:
     return {path.parent.name: path.read_text(encoding="utf-8", errors="replace") for path in paths}
 
 
-def inspect(path: tyro.conf.Positional[str], text: tyro.conf.Positional[Optional[str]] = None,
+def inspect(path: tyro.conf.Positional[str], text: tyro.conf.Positional[Tuple[str, ...]] = (),
             pattern: Optional[str] = None, json_: Json = False) -> None:
-    """Show a vocabulary: its size, its split rule, bytes per token by language. With a text: its tokens, merge by merge.
+    """Show a vocabulary: its size, its split rule, bytes per token by language (with the package chatterbot-corpus, which is in
+    the extra [data]). With a text: its tokens, merge by merge.
 
     Args:
         path: A folder with a tokenizer, a tokenizer.json or a .tiktoken file.
-        text: What to take apart.
-        pattern: The split rule, which a .tiktoken file does not hold.
-        json: Print everything as JSON.
+        text: What to take apart, words joined by a space.
+        pattern: The split rule; a .tiktoken file needs it.
     """
     tokenizer = Tokenizer.load(path, pattern)
-    if text is not None:
-        return _show_text(tokenizer, text, json_)
+    if text:
+        return _show_text(tokenizer, " ".join(text), json_)
     samples = {"Python code": Path(json.__file__).read_text(encoding="utf-8"), **languages()}
     density = {name: len(t.encode()) / len(tokenizer.encode(t)) for name, t in samples.items() if t}
     lengths = tokenizer.token_byte_lengths
@@ -128,10 +146,11 @@ def bench(path: tyro.conf.Positional[str], pattern: Optional[str] = None, repeat
 
     Args:
         path: A folder with a tokenizer, a tokenizer.json or a .tiktoken file.
-        pattern: The split rule, which a .tiktoken file does not hold.
+        pattern: The split rule; a .tiktoken file needs it.
         repeats: Timed passes; the median counts.
-        json: Print the figures as JSON.
     """
+    if repeats < 1:
+        raise ValueError(f"tokenizer bench: expected repeats of at least 1, got {repeats}")
     tokenizer = Tokenizer.load(path, pattern)
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [f.read_text(encoding="utf-8", errors="replace") for f in files]

@@ -167,6 +167,18 @@ def read_tiktoken(path: Path, pattern: str) -> Vocabulary:
     return Vocabulary(tokens, {}, pattern, merges=None)
 
 
+def add_special_tokens(v: Vocabulary, special_tokens: dict[str, int]) -> None:
+    """Adds tokens to a vocabulary, at ids that are free."""
+    for text, i in special_tokens.items():
+        known = v.special_tokens.get(text, i)
+        taken = 0 <= i < len(v.tokens) and v.tokens[i] and v.special_tokens.get(text) != i
+        if not text or known != i or taken or not 0 <= i < _MOST_TOKENS:
+            raise ValueError(f"Tokenizer.load: expected special tokens with ids that are free, got {i} for {text!r}")
+        v.tokens += [b""] * (i + 1 - len(v.tokens))
+        v.tokens[i] = text.encode()
+        v.special_tokens[text] = i
+
+
 def write_tiktoken(v: Vocabulary, path: Path) -> None:
     """Writes a rank file of the ordinary tokens; it holds neither special tokens nor the split rule.
 
@@ -193,6 +205,7 @@ def write_tiktoken(v: Vocabulary, path: Path) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_bytes(data)
     os.replace(fresh, path)

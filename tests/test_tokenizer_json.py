@@ -41,6 +41,23 @@ def test_a_rank_file_comes_out_as_it_went_in(tmp_path):
     assert (tmp_path / "b.tiktoken").read_bytes() == text
 
 
+def test_a_rank_file_gets_its_special_tokens_when_it_is_read(tmp_path):
+    tok = Tokenizer.train([SAMPLE], 300, pattern="cl100k")
+    tok.save(tmp_path / "new" / "x.tiktoken")
+    specials = {"<|endoftext|>": 310, "<|end|>": 300}
+    again = Tokenizer.load(tmp_path / "new" / "x.tiktoken", "cl100k", specials)
+    peer = tiktoken.Encoding("t", pat_str=PATTERNS["cl100k"], mergeable_ranks=ranks_of(tmp_path / "new" / "x.tiktoken"),
+                             special_tokens=specials)
+    text = "<|end|>" + SAMPLE + "<|endoftext|>"
+    assert again.encode(text, "all") == peer.encode(text, allowed_special="all")
+    assert again.special_tokens == specials and again.vocab_size == 311
+    again.save(tmp_path / "folder")
+    assert Tokenizer.load(tmp_path / "folder", special_tokens={"<|more|>": 305}).encode("<|more|>", "all") == [305]
+    for wrong in ({"<|a|>": 97}, {"<|a|>": -1}, {"": 400}):
+        with pytest.raises(ValueError, match="expected special tokens with ids that are free"):
+            Tokenizer.load(tmp_path / "folder", special_tokens=wrong)
+
+
 def test_a_json_file_comes_back_and_loads_in_hugging_face(tmp_path):
     tok = Tokenizer.train([SAMPLE], 300, special_tokens=["<|end|>"])
     tok.save(tmp_path / "x.json")
