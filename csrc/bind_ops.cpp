@@ -80,17 +80,31 @@ void softmax(bool is_backward, int64_t row_count, int64_t columns, int dtype, ui
     (is_backward ? softmax_backward : softmax_forward)(p, num_threads);
 }
 
+void check_targets(const int64_t* targets, int64_t row_count, int64_t columns) {
+    for (int64_t r = 0; r < row_count; ++r)
+        if (targets[r] < 0 || targets[r] >= columns)
+            throw std::invalid_argument("token_logprobs: expected targets in [0, V = " + std::to_string(columns) +
+                                        "), got " + std::to_string(targets[r]));
+}
+
 void loss(bool is_backward, int64_t row_count, int64_t columns, int64_t stride, int dtype, uintptr_t logits,
           uintptr_t targets, float temperature, uintptr_t logprob, uintptr_t entropy, uintptr_t lse,
           uintptr_t logprob_grad, uintptr_t entropy_grad, int num_threads) {
     const LossProblem p{row_count, columns, stride, dtype, at<void>(logits), at<const int64_t>(targets), temperature,
                         at<float>(logprob), at<float>(entropy), at<double>(lse), at<const float>(logprob_grad),
                         at<const float>(entropy_grad)};
-    for (int64_t r = 0; r < row_count; ++r)
-        if (p.targets[r] < 0 || p.targets[r] >= columns)
-            throw std::invalid_argument("token_logprobs: expected targets in [0, V = " + std::to_string(columns) +
-                                        "), got " + std::to_string(p.targets[r]));
+    check_targets(p.targets, row_count, columns);
     (is_backward ? loss_backward : loss_forward)(p, num_threads);
+}
+
+void head(bool is_backward, int64_t row_count, int64_t vocabulary, int64_t dim, uintptr_t hidden, uintptr_t weight,
+          uintptr_t targets, float temperature, uintptr_t logprob, uintptr_t entropy, uintptr_t lse, uintptr_t logprob_grad,
+          uintptr_t entropy_grad, uintptr_t dhidden, uintptr_t dweight, int num_threads) {
+    const HeadProblem p{row_count, vocabulary, dim, at<const uint16_t>(hidden), at<const uint16_t>(weight),
+                        at<const int64_t>(targets), temperature, at<float>(logprob), at<float>(entropy), at<double>(lse),
+                        at<const float>(logprob_grad), at<const float>(entropy_grad), at<float>(dhidden), at<float>(dweight)};
+    check_targets(p.targets, row_count, vocabulary);
+    (is_backward ? head_backward : head_forward)(p, num_threads);
 }
 
 void norm(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t weight, float eps,
@@ -135,6 +149,8 @@ void bind_ops(py::module_& m) {
     m.def("attention_decode", &decode, release(), "One query per sequence against a cache: fills out.");
     m.def("softmax", &softmax, release(), "Row softmax (out = y) or its gradient (x = y, out = dx).");
     m.def("loss", &loss, release(), "Fills logprob, entropy and lse, or overwrites logits with their gradient.");
+    m.def("has_head", &has_head, "Whether this CPU has `head`.");
+    m.def("head", &head, release(), "The loss from hidden states and weight in bf16, or both gradients in fp32.");
     m.def("norm", &norm, release(), "RMSNorm: fills y and scale, or dx and dweight.");
     m.def("rope", &rotate, release(), "Turns pairs of x by their position's angles, or back.");
     m.def("swiglu", &swiglu, release(), "silu(gate) * up, or dgate and dup.");

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "head.h"
 #include "loss.h"
 #include "norm.h"
 #include "rope.h"
@@ -26,6 +27,11 @@ struct Kernels {
     void (*rope)(const RopeProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_forward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_backward)(const SwigluProblem& problem, int64_t begin, int64_t end);
+    // Null where there are no products of bf16.
+    void (*head_forward)(const HeadProblem& problem, int64_t begin, int64_t end, float* scratch);
+    void (*head_pack)(const HeadProblem& problem, const HeadRows& hidden);
+    void (*head_backward)(const HeadProblem& problem, const HeadRows& hidden, int64_t begin, int64_t end, float* dhidden,
+                          float* scratch);
 };
 
 extern const Kernels kernels_portable;

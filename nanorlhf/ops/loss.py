@@ -87,7 +87,7 @@ def logits_logprobs_reference(logits, targets, temperature=1.0):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        keep = 4 * hidden.shape[0] * weight.shape[0] <= KEEP_BYTES
+        keep = 4 * hidden.shape[0] * weight.shape[0] <= KEEP_BYTES and not _fused(hidden)
         logprobs, entropy, lse, logits = _forward_op(hidden, weight, targets, temperature, keep)
         ctx.save_for_backward(hidden, weight, targets, entropy, lse, logits)
         ctx.temperature = temperature
@@ -127,7 +127,25 @@ def _chunks(N, V):
     return rows, [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
 
 
+def _fused(hidden):
+    """Whether the kernels that never form the logits take it: bf16, on a CPU that multiplies bf16."""
+    return hidden.dtype == torch.bfloat16 and hidden.shape[1] % 32 == 0 and _C.has_head()
+
+
+def _head(is_backward, hidden, weight, targets, temperature, logprobs, entropy, lse, logprob_grad, entropy_grad, grads):
+    hidden, weight = (x.detach().to(torch.bfloat16).contiguous() for x in (hidden, weight))
+    _C.head(
+        is_backward, *hidden.shape[:1], *weight.shape, hidden.data_ptr(), weight.data_ptr(), targets.data_ptr(), temperature,
+        logprobs.data_ptr(), entropy.data_ptr(), lse.data_ptr(), logprob_grad.data_ptr(), entropy_grad.data_ptr(),
+        *(x.data_ptr() for x in grads), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _forward_cpu(hidden, weight, targets, temperature, keep):
+    if _fused(hidden):
+        logprobs, entropy, lse = _rows(hidden.shape[0])
+        _head(False, hidden, weight, targets.contiguous(), temperature, logprobs, entropy, lse, lse, lse, (lse, lse))
+        return logprobs, entropy, lse, torch.empty(0, weight.shape[0])
     hidden, weight, targets = hidden.detach().float(), weight.detach().float(), targets.contiguous()
     logprobs, entropy, lse = _rows(hidden.shape[0])
     rows, chunks = _chunks(hidden.shape[0], weight.shape[0])
@@ -142,6 +160,11 @@ def _forward_cpu(hidden, weight, targets, temperature, keep):
 def _backward_cpu(logprob_grad, entropy_grad, hidden, weight, targets, entropy, lse, kept, temperature):
     logprob_grad, entropy_grad = logprob_grad.contiguous(), entropy_grad.contiguous()
     targets, dtypes = targets.contiguous(), (hidden.dtype, weight.dtype)
+    if _fused(hidden):
+        N, C = hidden.shape
+        dhidden, dweight = torch.empty(-(-N // 128) * 128, C), torch.empty(weight.shape)
+        _head(True, hidden, weight, targets, temperature, lse, entropy, lse, logprob_grad, entropy_grad, (dhidden, dweight))
+        return dhidden[:N].to(dtypes[0]), dweight.to(dtypes[1])
     hidden, weight = hidden.detach().float(), weight.detach().float()
     dhidden, dweight = torch.empty(hidden.shape), torch.zeros(weight.shape)
     rows, chunks = _chunks(hidden.shape[0], weight.shape[0])

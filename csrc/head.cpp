@@ -1,0 +1,47 @@
+#include "head.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "isa.h"
+#include "kernels.h"
+#include "scratch.h"
+
+bool has_head() { return kernels().head_forward != nullptr; }
+
+void head_forward(const HeadProblem& p, int num_threads) {
+    const int64_t tasks = head_padded(p.rows) / HEAD_TOKENS;
+    if (!tasks) return;
+    const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), tasks));
+    Scratch scratch(threads, head_forward_scratch(p.dim));
+    const auto kernel = kernels().head_forward;
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int64_t thread = 0; thread < threads; ++thread)
+        for (int64_t task = thread; task < tasks; task += threads)
+            kernel(p, task * HEAD_TOKENS, std::min(p.rows, (task + 1) * HEAD_TOKENS), scratch.slice(static_cast<int>(thread)));
+}
+
+void head_backward(const HeadProblem& p, int num_threads) {
+    const int64_t tasks = (p.vocabulary + HEAD_WORDS - 1) / HEAD_WORDS, size = head_padded(p.rows) * p.dim;
+    std::fill(p.dhidden, p.dhidden + size, 0.0f);
+    if (!p.rows) return std::fill(p.dweight, p.dweight + p.vocabulary * p.dim, 0.0f);
+    const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), tasks));
+    Scratch scratch(threads, head_backward_scratch(p.dim)), packed(1, size), sums(threads - 1, size);
+    const HeadRows hidden{reinterpret_cast<uint16_t*>(packed.slice(0)), reinterpret_cast<uint16_t*>(packed.slice(0)) + size};
+    const Kernels& table = kernels();
+    table.head_pack(p, hidden);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int64_t thread = 0; thread < threads; ++thread) {
+        const int index = static_cast<int>(thread);
+        float* dhidden = index ? sums.slice(index - 1) : p.dhidden;
+        if (index) std::memset(dhidden, 0, static_cast<size_t>(size) * sizeof(float));
+        for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task)
+            table.head_backward(p, hidden, task * HEAD_WORDS, std::min(p.vocabulary, (task + 1) * HEAD_WORDS), dhidden,
+                                scratch.slice(index));
+    }
+    for (int thread = 1; thread < threads; ++thread) {
+        const float* more = sums.slice(thread - 1);
+        for (int64_t i = 0; i < size; ++i) p.dhidden[i] += more[i];
+    }
+}
