@@ -73,8 +73,9 @@ private:
 // The texts of any iterable of str and bytes; `keep` holds what the views need.
 std::vector<std::string_view> text_views(const py::iterable& texts, std::vector<py::object>& keep) {
     std::vector<std::string_view> out;
-    const bool lasting = PyList_Check(texts.ptr()) || PyTuple_Check(texts.ptr());  // these keep their items themselves
-    for (py::handle item : texts) {
+    const bool lasting = PyList_Check(texts.ptr()) || PyTuple_Check(texts.ptr());
+    if (lasting) keep.push_back(py::tuple(texts));  // all at once: a list may change while its texts are encoded
+    for (py::handle item : lasting ? py::handle(keep.back()) : py::handle(texts)) {
         TextView text(item);
         out.push_back(text.get());
         if (text.repaired()) keep.push_back(py::bytes(text.get().data(), text.get().size()));
@@ -241,7 +242,9 @@ private:
         int overflow = 0;
         const int64_t value = PyLong_AsLongLongAndOverflow(item, &overflow);
         if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-        return overflow ? -1 : value;
+        if (overflow)
+            throw py::key_error("Tokenizer.decode: expected ids of the vocabulary, got " + std::string(py::str(py::handle(item))));
+        return value;
     }
 
     std::string_view decoded(py::handle ids, bpe::Bytes& text) const {
@@ -252,7 +255,17 @@ private:
             int64_t block[1024];
             for (size_t first = 0; first < n; first += std::size(block)) {
                 const size_t count = std::min(n - first, std::size(block));
-                for (size_t i = 0; i < count; i++) block[i] = int_of(items[first + i]);
+                for (size_t i = 0; i < count; i++) {
+                    if (PyLong_CheckExact(items[first + i])) {
+                        block[i] = int_of(items[first + i]);
+                        continue;
+                    }
+                    const auto item = py::reinterpret_borrow<py::object>(items[first + i]);
+                    block[i] = int_of(item.ptr());  // which may run anything
+                    items = PySequence_Fast_ITEMS(ids.ptr());
+                    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(ids.ptr())) != n)
+                        throw py::value_error("Tokenizer.decode: expected ids that stay as they are, got a list that changed");
+                }
                 decode_more(block, count, text);
             }
             return {text.data(), text.size()};
@@ -280,6 +293,8 @@ PyObject* direct_encode(PyObject* self, PyObject* const* args, Py_ssize_t n_args
         error.restore();
     } catch (const py::builtin_exception& error) {
         error.set_error();
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
     } catch (const std::exception& error) {
         PyErr_SetString(PyExc_RuntimeError, error.what());
     }

@@ -18,24 +18,20 @@ const uint8_t* data(std::string_view s) { return reinterpret_cast<const uint8_t*
 
 // ---------------------------------------------------------------- caches
 
-Model::Lease::Lease(const Model& model) : model_(model), cache_(model.spare_.exchange(nullptr)) {
-    if (cache_) return;
-    std::lock_guard<std::mutex> hold(model.idle_lock_);
-    if (model.idle_.empty()) {
-        cache_ = new PieceCache;
-    } else {
-        cache_ = model.idle_.back().release();
-        model.idle_.pop_back();
-    }
+Model::Lease::Lease(const Model& model) : model_(model), cache_(nullptr) {
+    for (auto& place : model.idle_)
+        if ((cache_ = place.exchange(nullptr))) return;
+    cache_ = new PieceCache;
 }
 
 Model::Lease::~Lease() {
     cache_->ids.shrink(PieceCache::kKept);
     cache_->bytes.shrink(4 * PieceCache::kKept);
-    PieceCache* none = nullptr;
-    if (model_.spare_.compare_exchange_strong(none, cache_)) return;
-    std::lock_guard<std::mutex> hold(model_.idle_lock_);
-    model_.idle_.emplace_back(cache_);
+    for (auto& place : model_.idle_) {
+        PieceCache* none = nullptr;
+        if (place.compare_exchange_strong(none, cache_)) return;
+    }
+    delete cache_;
 }
 
 // ---------------------------------------------------------------- the vocabulary
@@ -62,7 +58,12 @@ Model::Model(const std::vector<std::string_view>& tokens, std::vector<Kind> kind
         if (kinds[id] != Kind::ordinary) continue;
         if (t.size() == 1) merges_.byte_id[static_cast<uint8_t>(t[0])] = id;
         if (!whole_piece_first_ || t.empty()) continue;
-        whole_.insert(PieceKey::of(data(t), t.size()).hash, id);
+        const PieceKey key = PieceKey::of(data(t), t.size());
+        const uint32_t same = find_whole(data(t), t.size(), key);
+        if (same != TokenTable::kNone)
+            throw std::invalid_argument("Tokenizer: expected distinct tokens, got the same bytes for ids " + std::to_string(same) +
+                                        " and " + std::to_string(id));
+        whole_.insert(key.hash, id);
     }
     offsets_.push_back(static_cast<uint32_t>(arena_.size()));
     for (int b = 0; b < 256; b++)
@@ -72,7 +73,9 @@ Model::Model(const std::vector<std::string_view>& tokens, std::vector<Kind> kind
     else add_merges(merges);
 }
 
-Model::~Model() { delete spare_.load(); }
+Model::~Model() {
+    for (auto& place : idle_) delete place.load();
+}
 
 void Model::add_merges(const std::vector<Merge>& merges) {
     bool rising = true;  // then the token's id itself can stand for the rank
@@ -84,14 +87,14 @@ void Model::add_merges(const std::vector<Merge>& merges) {
                                         std::to_string(m.left) + " and " + std::to_string(m.right));
         rising = rising && (i == 0 || merges[i - 1].token < m.token);
     }
-    for (size_t i = 0; i < merges.size(); i++) {
+    for (size_t i = 0; i < merges.size() && !rising; i++) merges_.token_of_rank.push_back(merges[i].token);
+    for (size_t i = merges.size(); i-- > 0;) {  // of a pair listed twice the last place counts, as in Hugging Face's map
         const Merge& m = merges[i];
-        if (!rising) merges_.token_of_rank.push_back(m.token);
         const uint32_t rank = rising ? m.token : static_cast<uint32_t>(i);
         std::string_view left = token(m.left), right = token(m.right);
         if (left.size() == 1 && right.size() == 1 && merges_.byte_id[data(left)[0]] == m.left && merges_.byte_id[data(right)[0]] == m.right)
             merges_.add_bytes(data(left)[0], data(right)[0], rank);
-        merges_.pairs.insert(m.left, m.right, rank);  // a pair listed twice keeps its first rank
+        merges_.pairs.insert(m.left, m.right, rank);
     }
 }
 

@@ -6,11 +6,11 @@
 // as one token does not depend on what is around it; in particular only one pair of tokens ever makes a given token by
 // ranks, and the table holds that one.
 #pragma once
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -89,9 +89,7 @@ private:
     TokenTable whole_;                  // ordinary tokens, if a whole piece is looked up first
     bool whole_piece_first_;
     Merges merges_;
-    mutable std::atomic<PieceCache*> spare_{nullptr};  // the last cache given back, for callers one at a time
-    mutable std::mutex idle_lock_;
-    mutable std::vector<std::unique_ptr<PieceCache>> idle_;
+    mutable std::array<std::atomic<PieceCache*>, 32> idle_{};  // caches that were given back; no lock that a fork could leave locked
 
     std::string_view token(uint32_t id) const {
         return {arena_.data() + offsets_[id], offsets_[id + 1] - offsets_[id]};

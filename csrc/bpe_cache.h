@@ -158,9 +158,9 @@ private:
     void grow() {
         if (mask_ + 1 == kMostBuckets) return forget();
         const size_t before = 2 * (mask_ + 1);
-        mask_ = 2 * mask_ + 1;
+        const Pages old = std::exchange(slots_, zeroed_slots(before));  // where that fails, nothing has changed
+        mask_ = before - 1;
         kept_ = 0;
-        const Pages old = std::exchange(slots_, zeroed_slots(mask_ + 1));
         const Slot* slots = static_cast<const Slot*>(old.get());
         for (size_t i = 0; i < before; i++)
             if (slots[i].high) put(slots[i], PieceKey::hash_of(slots[i].low, slots[i].high));

@@ -31,10 +31,9 @@ struct Merges {
 
     uint32_t token_of(uint32_t rank) const { return token_of_rank.empty() ? rank : token_of_rank[rank]; }
 
-    // Of two bytes, the merge of lowest rank counts.
     void add_bytes(uint8_t a, uint8_t b, uint32_t rank) {
         int32_t& known = of_bytes[static_cast<size_t>(a | b << 8)];
-        known = std::min(known, candidate(rank + 1, 0));
+        if (known == kNothing) known = candidate(rank + 1, 0);
     }
 };
 

@@ -2,10 +2,12 @@
 #pragma once
 #include <cstddef>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
-// work(w) for w in [0, count), each on a thread of its own. Once all are done, the first error of any is thrown here.
+// work(w) for w in [0, count), each on a thread of its own, or on the caller's where the system gives no more threads. Once
+// all are done, the first error of any is thrown here.
 template <class Work>
 void run_workers(size_t count, Work&& work) {
     std::vector<std::exception_ptr> errors(count);
@@ -17,8 +19,14 @@ void run_workers(size_t count, Work&& work) {
         }
     };
     std::vector<std::thread> threads;
-    for (size_t w = 1; w < count; w++) threads.emplace_back(guarded, w);
+    threads.reserve(count);
+    size_t started = 1;
+    try {
+        for (; started < count; started++) threads.emplace_back(guarded, started);
+    } catch (const std::system_error&) {
+    }
     if (count) guarded(0);
+    for (size_t w = started; w < count; w++) guarded(w);
     for (auto& t : threads) t.join();
     for (auto& e : errors)
         if (e) std::rethrow_exception(e);

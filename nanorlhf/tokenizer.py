@@ -205,18 +205,18 @@ class Tokenizer:
         known = self._vocabulary.special_tokens
         names = self._special_names(allowed_special, "allowed_special")
         banned = self._special_names(disallowed_special, "disallowed_special")
-        data = self._normalized(text)
+        data = text
         if banned:
-            data = _utf8(data, "Tokenizer.encode")
+            data = _utf8(text, "Tokenizer.encode")
             found = next((n for n in banned if self._vocabulary.tokens[known[n]] in data
                           and not (disallowed_special == "all" and n in names)), None)
             if found is not None:
                 raise ValueError(f"Tokenizer.encode: expected a text without the special token {found!r}; name it in "
                                  "allowed_special to have it parsed")
         specials = [(self._vocabulary.tokens[known[name]], known[name]) for name in names]
-        if self.pattern in PATTERNS:
-            return self._model.encode(data, specials)
-        return self._encode_by_regex(_utf8(data, "Tokenizer.encode"), dict(specials))
+        if self.pattern in PATTERNS and not (self._vocabulary.nfc and specials):
+            return self._model.encode(self._normalized(data), specials)
+        return self._encode_between(_utf8(data, "Tokenizer.encode"), dict(specials))
 
     def _special_names(self, given: Iterable[str] | str, argument: str) -> list[str]:
         known = self._vocabulary.special_tokens
@@ -277,12 +277,18 @@ class Tokenizer:
         normal = unicodedata.normalize("NFC", data.decode("utf-8", "surrogateescape"))
         return normal.encode("utf-8", "surrogateescape")
 
-    def _encode_by_regex(self, data: bytes, specials: dict[bytes, int]) -> list[int]:
+    def _encode_between(self, data: bytes, specials: dict[bytes, int]) -> list[int]:
+        """What lies between the special tokens is normalised and split on its own."""
         longest_first = sorted(specials, key=len, reverse=True)
         parts = re.split(b"(" + b"|".join(map(re.escape, longest_first)) + b")", data) if specials else [data]
         ids: list[int] = []
         for i, part in enumerate(parts):
-            ids += [specials[part]] if i % 2 else self._model.encode_pieces(pieces(self.pattern, part))
+            if i % 2:
+                ids.append(specials[part])
+            elif self.pattern in PATTERNS:
+                ids += self._model.encode(self._normalized(part), [])
+            else:
+                ids += self._model.encode_pieces(pieces(self.pattern, self._normalized(part)))
         return ids
 
     def __reduce__(self):

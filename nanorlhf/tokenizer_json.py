@@ -65,6 +65,9 @@ def to_json(v: Vocabulary) -> dict:
     special_ids = set(v.special_tokens.values())
     ordinary = [b"" if i in special_ids else t for i, t in enumerate(v.tokens)]
     vocab = {_spell(t): i for i, t in enumerate(ordinary) if t}
+    twice = [text for text in v.special_tokens if text in vocab]
+    if twice:
+        raise ValueError(f"Tokenizer.save: expected special tokens that no ordinary token is spelled like, got {twice[0]!r}")
     if sorted(special_ids) != list(range(len(vocab), len(vocab) + len(special_ids))):
         # Special tokens that do not simply follow keep their ids only if the vocabulary lists them.
         vocab |= v.special_tokens

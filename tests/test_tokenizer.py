@@ -3,6 +3,8 @@
 import base64
 import json
 import pickle
+import subprocess
+import sys
 import weakref
 import sysconfig
 import threading
@@ -322,3 +324,65 @@ def test_bad_texts_are_errors():
         TOK.encode_batch("text")
     with pytest.raises(ValueError, match="expected threads of at least 1, got 0"):
         TOK.encode_batch(["a"], threads=0)
+
+
+def test_lists_that_change_while_they_are_read_do_no_harm():
+    class Clears:
+        def __index__(self):
+            ids.clear()
+            return 65
+
+    ids = [Clears(), *[66] * 999]
+    with pytest.raises(ValueError, match="a list that changed"):
+        TOK.decode(ids)
+    texts = [b"a b " * 1_000_000 for _ in range(4)]
+    expected = len(TOK.encode(texts[0]))
+    thread = threading.Thread(target=texts.clear)
+    thread.start()
+    ids, offsets = TOK.encode_batch(texts, threads=1)
+    thread.join()
+    assert set(np.diff(offsets).tolist()) <= {expected} and len(ids) == offsets[-1]
+
+
+@pytest.mark.parametrize("id", [10**22, -(10**22), -1])
+def test_an_id_of_any_size_is_named(id):
+    with pytest.raises(KeyError, match=f"got {id}"):
+        TOK.decode([id])
+
+
+STARVED = """
+import random, resource, string
+from nanorlhf.tokenizer import Tokenizer
+tok = Tokenizer.train([], 256, "cl100k")
+texts = [("hello world " * 50_000)] * 4
+expected = tok.encode_batch(texts, 1)[0].tolist()
+rng = random.Random(1)
+words = ["".join(rng.choices(string.ascii_lowercase, k=6)) + " " for _ in range(400_000)]
+tok.encode("x")
+hold = [Tokenizer.train([], 256, "cl100k") for _ in range(20)]
+[h.encode("y") for h in hold]
+size = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), -1))
+starved = False
+for _ in range(2):
+    for first in range(0, len(words), 500):
+        text = "".join(words[first:first + 500])
+        try:
+            assert tok.encode(text) == list(text.encode()), first
+        except MemoryError:
+            starved = True
+            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+resource.setrlimit(resource.RLIMIT_AS, (size + (256 << 20), -1))
+try:
+    assert tok.encode_batch(texts, 200)[0].tolist() == expected
+except MemoryError:
+    pass
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+assert starved and tok.encode_batch(texts, 200)[0].tolist() == expected
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does")
+def test_too_little_memory_or_threads_is_an_error_and_no_wrong_ids_after_it():
+    done = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]

@@ -1,6 +1,7 @@
 """The formats that `Tokenizer.save` writes, read by those who made them. Everything that a folder holds is in
 test_tokenizer.py; here are the single files, and what a rank file cannot hold."""
 
+import base64
 import gzip
 from importlib.resources import files
 
@@ -90,3 +91,27 @@ def test_a_normalizer_is_not_lost_in_a_rank_file(tmp_path):
     tok = Tokenizer(Vocabulary(BYTES, {}, "qwen2", [], [], nfc=True))
     with pytest.raises(ValueError, match="expected no normalizer"):
         tok.save(tmp_path / "x.tiktoken")
+
+
+def test_a_pair_listed_twice_has_its_last_place_as_in_hugging_face(tmp_path):
+    tok = Tokenizer(Vocabulary(BYTES + [b"ab", b"bc"], {}, "gpt2", [(97, 98), (98, 99), (97, 98)], [256, 257, 256], False))
+    tok.save(tmp_path / "x.json")
+    assert tok.encode("abc") == tokenizers.Tokenizer.from_file(str(tmp_path / "x.json")).encode("abc").ids == [97, 257]
+
+
+def test_special_tokens_are_found_before_text_is_normalised(tmp_path):
+    tok = Tokenizer(Vocabulary(BYTES + [b"<|e|>"], {"<|e|>": 256}, "qwen2", [], [], nfc=True))
+    tok.save(tmp_path / "x.json")
+    text = "xe\u0301<|e|>\u0338e\u0301"
+    assert tok.encode(text, "all") == tokenizers.Tokenizer.from_file(str(tmp_path / "x.json")).encode(text).ids
+    with pytest.raises(ValueError, match="without the special token"):
+        tok.encode(text, disallowed_special="all")
+
+
+def test_what_a_file_would_say_twice_is_an_error(tmp_path):
+    (tmp_path / "x.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate([*BYTES, b"ab", b"ab"])))
+    with pytest.raises(ValueError, match="expected distinct tokens, got the same bytes for ids 256 and 257"):
+        Tokenizer.load(tmp_path / "x.tiktoken", "gpt2")
+    tok = Tokenizer.train(["ab ab ab"], 258, "gpt2", special_tokens=["ab"])
+    with pytest.raises(ValueError, match="that no ordinary token is spelled like, got 'ab'"):
+        tok.save(tmp_path / "x.json")
