@@ -72,11 +72,11 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
     if n > 1:  # the prompt is run once for all of its continuations
         cache.select(requests // n)
         hidden = hidden[requests // n]
-    weight = model.head_weight.to(hidden.dtype)
+    weight = model.head_weight.to(hidden.dtype).float()  # logits in fp32, as the training's loss has them
     room = [min(max_new_tokens, model.config.context - len(p)) for p in prompts for _ in range(n)]
     for step in range(max_new_tokens):
         u = uniforms(seed, requests + first, torch.full_like(requests, step))
-        drawn, logprobs = sample(hidden @ weight.T, u, sampling)
+        drawn, logprobs = sample(hidden.float() @ weight.T, u, sampling)
         alive = _record(results, room, first, requests.tolist(), drawn.tolist(), logprobs.tolist(), stop, on_token)
         if not alive:
             return

@@ -2,7 +2,8 @@
 
 From hidden states and the output weight, the logits exist a chunk of rows at a time; neither pass holds (N, V),
 unless a gradient is wanted and all logits are few: then keeping them costs less than computing them again.
-The reduction of a chunk and its gradient are native on the CPU (csrc/loss.h); the products are torch's.
+The reduction of a chunk and its gradient are native on the CPU (csrc/loss.h); the products are torch's. Where the CPU
+multiplies bf16 and the hidden states are bf16, all of it is native and only tiles of logits exist (csrc/head.h).
 """
 
 import math
@@ -35,7 +36,8 @@ def next_token_positions(cu_seqlens):
 def token_logprobs(hidden, weight, targets, temperature=1.0):
     """log softmax(hidden · weightᵀ / temperature) at the targets, and the entropy of that distribution.
 
-    hidden: (N, C); weight: (V, C); targets: (N,) int64 in [0, V). bf16 or fp32; products and sums are fp32.
+    hidden: (N, C); weight: (V, C); targets: (N,) int64 in [0, V). bf16 or fp32; products and sums are fp32. With bf16 hidden
+    states and C a multiple of 32, a CPU that multiplies bf16 takes the weight rounded to bf16, and the gradient of the logits.
     Returns (logprobs (N,), entropy (N,)) in fp32 and nats (fp64 for fp64 input), both differentiable in hidden and
     weight. Raises ValueError for shapes that do not fit, targets out of range, or temperature ≤ 0.
 
