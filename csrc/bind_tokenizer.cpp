@@ -237,14 +237,23 @@ private:
 
     // An int of any size; one that is too large is no id, as -1 is none.
     static int64_t int_of(PyObject* item) {
-        if (!PyIndex_Check(item))
-            throw py::value_error("Tokenizer.decode: expected integer ids, got " + std::string(Py_TYPE(item)->tp_name));
         int overflow = 0;
         const int64_t value = PyLong_AsLongLongAndOverflow(item, &overflow);
         if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
         if (overflow)
             throw py::key_error("Tokenizer.decode: expected ids of the vocabulary, got " + std::string(py::str(py::handle(item))));
         return value;
+    }
+
+    // The value of an item that is not plainly an int, whose __index__ may run anything. Returns where the items then are.
+    [[gnu::noinline]] static PyObject** index_of(py::handle ids, size_t n, size_t i, int64_t& value) {
+        const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_ITEMS(ids.ptr())[i]);
+        if (!PyIndex_Check(item.ptr()))
+            throw py::value_error("Tokenizer.decode: expected integer ids, got " + std::string(Py_TYPE(item.ptr())->tp_name));
+        value = int_of(item.ptr());
+        if (static_cast<size_t>(PySequence_Fast_GET_SIZE(ids.ptr())) != n)
+            throw py::value_error("Tokenizer.decode: expected ids that stay as they are, got a list that changed");
+        return PySequence_Fast_ITEMS(ids.ptr());
     }
 
     std::string_view decoded(py::handle ids, bpe::Bytes& text) const {
@@ -256,15 +265,8 @@ private:
             for (size_t first = 0; first < n; first += std::size(block)) {
                 const size_t count = std::min(n - first, std::size(block));
                 for (size_t i = 0; i < count; i++) {
-                    if (PyLong_CheckExact(items[first + i])) {
-                        block[i] = int_of(items[first + i]);
-                        continue;
-                    }
-                    const auto item = py::reinterpret_borrow<py::object>(items[first + i]);
-                    block[i] = int_of(item.ptr());  // which may run anything
-                    items = PySequence_Fast_ITEMS(ids.ptr());
-                    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(ids.ptr())) != n)
-                        throw py::value_error("Tokenizer.decode: expected ids that stay as they are, got a list that changed");
+                    if (__builtin_expect(!PyLong_CheckExact(items[first + i]), 0)) items = index_of(ids, n, first + i, block[i]);
+                    else block[i] = int_of(items[first + i]);
                 }
                 decode_more(block, count, text);
             }
