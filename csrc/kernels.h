@@ -17,7 +17,8 @@ struct Kernels {
     void (*attention_forward)(const AttentionTask& task, float* scratch);
     void (*attention_backward)(const AttentionTask& task, float* scratch);
     void (*attention_decode)(const DecodeProblem& problem, int64_t sequence, int64_t kv_head, float* scratch);
-    void (*softmax_forward)(const SoftmaxProblem& problem, int64_t begin, int64_t end);
+    // scratch: a row of floats, for bf16.
+    void (*softmax_forward)(const SoftmaxProblem& problem, int64_t begin, int64_t end, float* scratch);
     void (*softmax_backward)(const SoftmaxProblem& problem, int64_t begin, int64_t end);
     void (*loss_forward)(const LossProblem& problem, int64_t begin, int64_t end);
     void (*loss_backward)(const LossProblem& problem, int64_t begin, int64_t end);
