@@ -299,13 +299,19 @@ def train_once(name, path, size):
     return float(seconds), int(peak)
 
 
-def training(megabytes, size, repeats, folder):
-    """{name: (median seconds, spread, median peak bytes)} of training on that much prose, repeated if need be."""
+def prose_file(megabytes, folder):
+    """A file of that much prose, repeated if need be."""
     text = "\n".join(corpus("prose")).encode()
     path = Path(folder) / f"prose-{megabytes}.txt"
     with path.open("wb") as file:
         while file.tell() < megabytes * 1_000_000:
             file.write(text[:megabytes * 1_000_000 - file.tell()])
+    return path
+
+
+def training(megabytes, size, repeats, folder):
+    """{name: (median seconds, spread, median peak bytes)} of training on that much prose."""
+    path = prose_file(megabytes, folder)
     samples = {name: [] for name in there("gigabpe", "rustbpe") if name != "rustbpe" or megabytes < 100}
     for _ in range(repeats):
         for name in samples:
@@ -328,6 +334,16 @@ def test_tokenizer(benchmark, case, contender):
         pytest.skip(f"{contender} is not installed, or has no such vocabulary")
     setup, run = contenders[contender]
     benchmark.pedantic(run, setup=lambda: ((setup(),), {}), rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("contender", TRAIN)
+def test_training(benchmark, contender, tmp_path):
+    """24 MB, in this process; the memory of 1 GB takes one of its own, and the script."""
+    if contender not in there("gigabpe", "rustbpe"):
+        pytest.skip(f"{contender} is not installed")
+    scope = {}
+    exec(TRAIN[contender], scope)
+    benchmark.pedantic(scope["go"], args=(str(prose_file(24, tmp_path)), 32768), rounds=3, warmup_rounds=1)
 
 
 def main():
