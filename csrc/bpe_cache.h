@@ -23,7 +23,7 @@ public:
     static constexpr uint32_t kIdBits = (1u << 28) - 1, kElsewhere = 15;
 
     // The two slots in which a piece of that hash is looked for first. They stay where they are until make_room.
-    Slot* bucket(uint64_t hash) const { return slots() + 2 * (hash & mask_); }
+    Slot* bucket(uint64_t hash) const { return places().bucket(hash); }
 
     static constexpr size_t kLongs = 1 << 16;  // of them, in two ways
     struct Long {
@@ -35,11 +35,11 @@ public:
     // A copy of what says where pieces are, good until make_room.
     struct Places {
         Slot* slots;
-        const Long* longs;
+        Long* longs;
         const uint32_t* words;
         size_t mask;
         Slot* bucket(uint64_t hash) const { return slots + 2 * (hash & mask); }
-        const Long* of_long(uint64_t hash) const { return longs + 2 * (hash & (kLongs - 1)); }
+        Long* of_long(uint64_t hash) const { return longs + 2 * (hash & (kLongs - 1)); }
         // Of a long piece whose place is at hand, its bytes and ids.
         [[gnu::always_inline]] void fetch_long(uint64_t hash) const {
             const Long* entry = of_long(hash);
@@ -97,10 +97,8 @@ public:
     }
 
     // The same for pieces of more bytes; null if they are not there.
-    const void* place_of_long(uint64_t hash) const { return longs_of(hash); }
-
     const uint32_t* find_long(const uint8_t* piece, size_t n, const PieceKey& key, size_t& n_ids) const {
-        const Long* entry = longs_of(key.hash);
+        const Long* entry = places().of_long(key.hash);
         entry += entry->hash != key.hash;
         if (entry->hash != key.hash || entry->size != n) return nullptr;
         const uint32_t* held = words_ + entry->offset;
@@ -112,7 +110,7 @@ public:
     void keep_long(const uint8_t* piece, size_t n, const PieceKey& key, const uint32_t* ids, size_t n_ids) {
         if (n > kLongest) return;
         const size_t at = room_for((n + 3) / 4 + n_ids);
-        Long* two = longs_of(key.hash);
+        Long* two = places().of_long(key.hash);
         two[two->hash ? 1 : 0] = {key.hash, static_cast<uint32_t>(at), static_cast<uint16_t>(n), static_cast<uint16_t>(n_ids)};
         std::memcpy(words_ + at, piece, n);
         std::memcpy(words_ + at + (n + 3) / 4, ids, n_ids * sizeof(*ids));
@@ -141,15 +139,15 @@ private:
     size_t used_ = 1;  // word 0 is nobody's
 
     Slot* slots() const { return static_cast<Slot*>(slots_.get()); }
-    Long* longs_of(uint64_t hash) const { return longs_ + 2 * (hash & (kLongs - 1)); }
 
-    // Behind a full bucket the next few are tried; the last slot of all gives way.
+    // Behind a full bucket the next few are tried; the last slot of all gives way. A piece that is there already stays.
     void put(const Slot& slot, uint64_t hash) {
-        kept_++;
         for (size_t i = 0;; i++) {
             Slot* at = bucket(hash + i / 2) + i % 2;
+            if (at->low == slot.low && at->high == slot.high) return;
             if (at->high && i < 2 * kProbes - 1) continue;
             *at = slot;
+            kept_++;
             return;
         }
     }

@@ -1,8 +1,9 @@
 #include "head.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "isa.h"
 #include "kernels.h"
@@ -16,10 +17,9 @@ void head_forward(const HeadProblem& p, int num_threads) {
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), tasks));
     Scratch scratch(threads, head_forward_scratch(p.dim));
     const auto kernel = kernels().head_forward;
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (int64_t thread = 0; thread < threads; ++thread)
-        for (int64_t task = thread; task < tasks; task += threads)
-            kernel(p, task * HEAD_TOKENS, std::min(p.rows, (task + 1) * HEAD_TOKENS), scratch.slice(static_cast<int>(thread)));
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < tasks; ++task)
+        kernel(p, task * HEAD_TOKENS, std::min(p.rows, (task + 1) * HEAD_TOKENS), scratch.slice(omp_get_thread_num()));
 }
 
 void head_backward(const HeadProblem& p, int num_threads) {
@@ -40,8 +40,10 @@ void head_backward(const HeadProblem& p, int num_threads) {
             table.head_backward(p, hidden, task * HEAD_WORDS, std::min(p.vocabulary, (task + 1) * HEAD_WORDS), dhidden,
                                 scratch.slice(index));
     }
-    for (int thread = 1; thread < threads; ++thread) {
-        const float* more = sums.slice(thread - 1);
-        for (int64_t i = 0; i < size; ++i) p.dhidden[i] += more[i];
-    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < p.rows; ++row)
+        for (int thread = 1; thread < threads; ++thread) {
+            const float* more = sums.slice(thread - 1) + row * p.dim;
+            for (int64_t d = 0; d < p.dim; ++d) p.dhidden[row * p.dim + d] += more[d];
+        }
 }

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstddef>
 #include <exception>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,7 +22,8 @@ void run_workers(size_t count, Work&& work) {
     size_t started = 1;
     try {
         for (; started < count; started++) threads.emplace_back(guarded, started);
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
+        // The system gives no more threads, or no memory for one: the calls that are left over run below, on this thread.
     }
     if (count) guarded(0);
     for (size_t w = started; w < count; w++) guarded(w);

@@ -11,7 +11,7 @@ from html import escape
 
 from nanorlhf.report_page import html_table, number, text
 
-INK, RULE = "#010101", "#020202"  # placeholders that become CSS variables after drawing
+INK, RULE = "#010101", "#020202"  # drawn with these, and turned into CSS variables in _inline
 SERIES = [f"#03030{k}" for k in range(1, 7)]
 
 
@@ -178,6 +178,6 @@ def _inline(drawing: str, title: str) -> str:
     view = re.search(r'viewBox="[^"]*"', drawing)[0]
     drawing = re.sub(r"<svg[^>]*>", f'<svg {view} role="img" aria-label="{escape(title)}">', drawing, count=1)
     drawing = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--text-font)", drawing)
-    for placeholder, name in [(INK, "ink"), (RULE, "rule"), *((c, f"series-{k}") for k, c in enumerate(SERIES, 1))]:
-        drawing = drawing.replace(placeholder, f"var(--{name})")
+    for colour, name in [(INK, "ink"), (RULE, "rule"), *((c, f"series-{k}") for k, c in enumerate(SERIES, 1))]:
+        drawing = drawing.replace(colour, f"var(--{name})")
     return re.sub(r"\n\s*", "\n", drawing)

@@ -198,7 +198,7 @@ def test_charts_are_drawn_with_matplotlib_and_tables_stand_in_without(page):
     if drawings:
         assert len(drawings) == len(figures) and all(a["role"] == "img" and a["aria-label"] for a in drawings)
         assert ".[report]" not in seen.text
-        assert not re.search(r"#0[123]0[123]0\d", page), "a placeholder colour was left"
+        assert not re.search(r"#0[123]0[123]0\d", page), "a colour of the drawing was left"
     else:
         assert 'pip install ".[report]"' in seen.text
     # Every chart's numbers are there as a table either way, and every table says what it shows.

@@ -26,12 +26,12 @@ def test_bytes_and_sha256_are_those_of_the_documents():
 
 def test_a_function_becomes_its_header_and_docstring_alone():
     text = 'class A:\n    async def f(self, x: int = g((1)), *rest) -> int:\n        r"""Do it.\n\n        More."""\n        return x\n'
-    assert sources.module_stubs(text) == ['def f(self, x: int = g((1)), *rest):\n    """Do it.\n\n    More."""']
+    assert sources.documented_functions(text) == ['def f(self, x: int = g((1)), *rest):\n    """Do it.\n\n    More."""']
 
 
 def test_a_function_without_a_docstring_takes_no_later_text():
     text = 'def f(x):\n    return x\n\ndef g():\n    y = """Not a docstring."""\n\ndef h():\n    """Doc."""\n'
-    assert sources.module_stubs(text) == ['def h():\n    """Doc."""']
+    assert sources.documented_functions(text) == ['def h():\n    """Doc."""']
 
 
 def test_a_scene_keeps_every_speech_and_loses_the_markup():

@@ -1,11 +1,11 @@
-"""data/stdlib.py: this Python's own files, and their functions as stubs."""
+"""data/stdlib.py: this Python's own files, and their documented functions."""
 
 import inspect
 import json
 import sysconfig
 from pathlib import Path
 
-from nanorlhf.data.stdlib import module_stubs, stdlib_files
+from nanorlhf.data.stdlib import documented_functions, stdlib_files
 
 
 def test_the_files_are_the_librarys_own_and_their_bytes_are_kept():
@@ -17,16 +17,16 @@ def test_the_files_are_the_librarys_own_and_their_bytes_are_kept():
     assert not any(part in ("test", "tests", "site-packages") for key in files for part in Path(key).parts)
 
 
-def test_stubs_agree_with_what_inspect_says_of_a_module():
+def test_functions_agree_with_what_inspect_says_of_a_module():
     """The functions of json/__init__.py that have a docstring, their docstrings being those that inspect cleans."""
-    stubs = module_stubs(dict(stdlib_files())["json/__init__.py"])
-    names = [stub.removeprefix("def ").partition("(")[0] for stub in stubs]
+    functions = documented_functions(dict(stdlib_files())["json/__init__.py"])
+    names = [function.removeprefix("def ").partition("(")[0] for function in functions]
     assert names == [name for name in ("dump", "dumps", "load", "loads") if inspect.getdoc(getattr(json, name))]
-    for name, stub in zip(names, stubs):
-        body = stub.partition('"""')[2].removesuffix('"""')
+    for name, function in zip(names, functions):
+        body = function.partition('"""')[2].removesuffix('"""')
         assert inspect.cleandoc(body) == inspect.getdoc(getattr(json, name)).strip()
 
 
 def test_functions_without_a_docstring_and_strings_that_are_none_make_no_stub():
     text = 'def f():\n    return 1\n\ndef g():\n    x = """no"""\n\nclass A:\n    """no"""\n\nasync def h(a):\n    """Yes."""\n'
-    assert module_stubs(text) == ['def h(a):\n    """Yes."""']
+    assert documented_functions(text) == ['def h(a):\n    """Yes."""']

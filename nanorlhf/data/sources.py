@@ -16,7 +16,7 @@ from . import archive
 from .archive import Unavailable
 from .dialogue import parse_conversations
 from .films import film_document, load_films, split_films
-from .stdlib import module_stubs, stdlib_files
+from .stdlib import documented_functions, stdlib_files
 from .text import stable_hash
 
 STDLIB_BYTES = 6_000_000  # cap: the whole library is 12 MB and would take the tokenizer longer than it is worth
@@ -78,10 +78,10 @@ def _stdlib(_):
 
 
 def _docstrings(_):
-    stubs = [(key, "\n\n".join(module_stubs(text))) for key, text in stdlib_files()]
-    stubs = [(key, text) for key, text in stubs if text]
+    functions = [(key, "\n\n".join(documented_functions(text))) for key, text in stdlib_files()]
+    functions = [(key, text) for key, text in functions if text]
     return make_source("docstrings", "code", "python", "PSF-2.0", platform.python_version(),
-                       [text for _, text in stubs], keys=[key for key, _ in stubs])
+                       [text for _, text in functions], keys=[key for key, _ in functions])
 
 
 def _topics(_):

@@ -32,10 +32,10 @@ _DOCUMENTED = re.compile(r'''^[ \t]*(?:async[ ]+)?def[ ]+(\w+)'''
                          r'''[ \t]+[rR]?"""(.*?)"""''', re.M | re.S)
 
 
-def module_stubs(text):
-    """The documented functions of a module as stubs (header and docstring at the left margin), in order.
+def documented_functions(text):
+    """The documented functions of a module (header and docstring at the left margin), in order.
 
-    >>> module_stubs("class A:\\n  def f(self,\\n    x):\\n    " + '"' * 3 + "Return x." + '"' * 3)
+    >>> documented_functions("class A:\\n  def f(self,\\n    x):\\n    " + '"' * 3 + "Return x." + '"' * 3)
     ['def f(self, x):\\n    \"""Return x.\"""']
     """
     found = []
