@@ -42,12 +42,13 @@ def interleaved(contenders, repeats=9, warmups=2):
     return result
 
 
-def report(cases, work_unit="GFLOP/s"):
-    """Prints one line for each (shape, work, contenders); with --json FILE also writes them. work: 1e9 units."""
+def report(cases, work_unit="GFLOP/s", **turns):
+    """Prints one line for each (shape, work, contenders); with --json FILE also writes them. work: 1e9 units; turns: of
+    ``interleaved``."""
     rows = []
     print(json.dumps(machine()))
     for shape, work, contenders in cases:
-        for name, (median, spread) in interleaved(contenders).items():
+        for name, (median, spread) in interleaved(contenders, **turns).items():
             rate = work / (median / 1e3)
             rows.append({"shape": shape, "name": name, "ms": median, "spread_ms": spread, work_unit: rate})
             print(f"{shape:40} {name:24} {median:9.2f} ms ± {spread:7.2f} {rate:8.1f} {work_unit}", flush=True)
