@@ -12,12 +12,14 @@
 namespace {
 
 constexpr int64_t QUERIES_PER_TASK = 256;  // packing keys and values costs little beside this many queries
+constexpr int64_t TASKS_PER_THREAD = 4;    // with so many no thread waits long for the last one
 
 int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 // Tasks, the heaviest first, so that no thread is left with a long one at the end.
-std::vector<AttentionTask> tasks_of(const AttentionProblem& p, bool split_queries) {
+std::vector<AttentionTask> tasks_of(const AttentionProblem& p, int num_threads, bool backward) {
     std::vector<AttentionTask> tasks;
+    const bool split_queries = !backward && p.batch * p.kv_heads < TASKS_PER_THREAD * num_threads;
     for (int64_t b = 0; b < p.batch; ++b) {
         const int64_t start = p.cu_seqlens[b], length = p.cu_seqlens[b + 1] - start;
         const int64_t step = split_queries ? QUERIES_PER_TASK : std::max<int64_t>(length, 1);
@@ -51,12 +53,12 @@ int64_t longest(const AttentionProblem& p) {
 }  // namespace
 
 void attention_forward(const AttentionProblem& p, int num_threads) {
-    run(tasks_of(p, true), kernels().attention_forward,
+    run(tasks_of(p, num_threads, false), kernels().attention_forward,
         attention_forward_scratch(longest(p), padded(p.head_dim)), num_threads);
 }
 
 void attention_backward(const AttentionProblem& p, int num_threads) {
-    run(tasks_of(p, false), kernels().attention_backward,
+    run(tasks_of(p, num_threads, true), kernels().attention_backward,
         attention_backward_scratch(longest(p), padded(p.head_dim)), num_threads);
 }
 

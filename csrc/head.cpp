@@ -22,22 +22,34 @@ void head_forward(const HeadProblem& p, int num_threads) {
         kernel(p, task * HEAD_TOKENS, std::min(p.rows, (task + 1) * HEAD_TOKENS), scratch.slice(omp_get_thread_num()));
 }
 
-void head_backward(const HeadProblem& p, int num_threads) {
-    const int64_t tasks = (p.vocabulary + HEAD_WORDS - 1) / HEAD_WORDS, size = head_padded(p.rows) * p.dim;
+namespace {
+
+// The sum of the hidden states' gradient passes through memory once for each run of words, which is then best long; the run's own
+// gradient stays in the L2 cache. VDPBF16PS is slow enough for short ones, that fit a smaller cache.
+int64_t words_of(const HeadProblem& p, int num_threads) {
+    const int64_t longest = isa() == "amx" ? 131072 / p.dim : 128, share = p.vocabulary / std::max(num_threads, 1);
+    return std::clamp<int64_t>(std::min(longest, share) / 32 * 32, 32, 512);
+}
+
+}  // namespace
+
+void head_backward(const HeadProblem& given, int num_threads) {
+    HeadProblem p = given;
+    p.words = words_of(p, num_threads);
+    const int64_t tasks = (p.vocabulary + p.words - 1) / p.words, size = head_padded(p.rows) * p.dim;
     std::fill(p.dhidden, p.dhidden + size, 0.0f);
     if (!p.rows) return std::fill(p.dweight, p.dweight + p.vocabulary * p.dim, 0.0f);
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), tasks));
-    Scratch scratch(threads, head_backward_scratch(p.dim)), packed(1, size), sums(threads - 1, size);
-    const HeadRows hidden{reinterpret_cast<uint16_t*>(packed.slice(0)), reinterpret_cast<uint16_t*>(packed.slice(0)) + size};
+    Scratch scratch(threads, head_backward_scratch(p.dim, p.words)), packed(1, size), sums(threads - 1, size);
     const Kernels& table = kernels();
-    table.head_pack(p, hidden);
+    const HeadRows hidden = table.head_pack(p, reinterpret_cast<uint16_t*>(packed.slice(0)));
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int64_t thread = 0; thread < threads; ++thread) {
         const int index = static_cast<int>(thread);
         float* dhidden = index ? sums.slice(index - 1) : p.dhidden;
         if (index) std::memset(dhidden, 0, static_cast<size_t>(size) * sizeof(float));
         for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task)
-            table.head_backward(p, hidden, task * HEAD_WORDS, std::min(p.vocabulary, (task + 1) * HEAD_WORDS), dhidden,
+            table.head_backward(p, hidden, task * p.words, std::min(p.vocabulary, (task + 1) * p.words), dhidden,
                                 scratch.slice(index));
     }
 #pragma omp parallel for schedule(static) num_threads(threads)

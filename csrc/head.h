@@ -12,19 +12,21 @@ struct HeadProblem {
     double* lse;                        // (rows,); backward reads it
     const float *logprob_grad, *entropy_grad;  // (rows,), backward only
     float *dhidden, *dweight;           // (head_padded(rows), dim) and (vocabulary, dim), backward only
+    int64_t words = 0;                  // of the vocabulary that a task of the backward pass takes, a multiple of 32
 };
 
-constexpr int64_t HEAD_TOKENS = 128, HEAD_WORDS = 128;  // of a task: forward one, backward both
+constexpr int64_t HEAD_TOKENS = 128;  // of a task forward, and at a time backward
 constexpr int64_t head_padded(int64_t rows) { return (rows + HEAD_TOKENS - 1) / HEAD_TOKENS * HEAD_TOKENS; }
 
-struct HeadRows {
-    uint16_t *rows, *pairs;  // (head_padded(rows), dim), padded with zeros, and the same with the pairs of rows together
+struct HeadRows {  // two times (head_padded(rows), dim), padded with zeros
+    const uint16_t *rows, *turned;     // as they are, and as A of a product over the rows (Operand in product_bf16.inc)
+    int64_t turned_row, turned_step;
 };
 
 // Floats of scratch that one task needs.
 constexpr int64_t head_forward_scratch(int64_t dim) { return HEAD_TOKENS * dim / 2 + 32 * dim / 2 + 64 * 32; }
-constexpr int64_t head_backward_scratch(int64_t dim) {
-    return HEAD_WORDS * dim * 2 + 32 * dim / 2 + HEAD_TOKENS * 32 + HEAD_TOKENS * 32 / 2 + HEAD_TOKENS * HEAD_WORDS / 2 + 32 * dim;
+constexpr int64_t head_backward_scratch(int64_t dim, int64_t words) {
+    return words * dim * 2 + 32 * dim / 2 + HEAD_TOKENS * 32 + HEAD_TOKENS * 32 / 2 + HEAD_TOKENS * words / 2 + 32 * dim;
 }
 
 // Whether this CPU has kernels for it.

@@ -1,5 +1,5 @@
 // Which instruction set the CPU kernels run on. Chosen once, from what the CPU reports; the environment variable
-// NANORLHF_ISA=portable|avx2|avx512|avx512bf16 forces one (std::invalid_argument when unknown or not offered by this CPU).
+// NANORLHF_ISA=portable|avx2|avx512|avx512bf16|amx forces one (std::invalid_argument when unknown or not offered by this CPU).
 #pragma once
 #include <string>
 #include <utility>

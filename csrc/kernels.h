@@ -30,7 +30,7 @@ struct Kernels {
     void (*swiglu_backward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     // Null where there are no products of bf16.
     void (*head_forward)(const HeadProblem& problem, int64_t begin, int64_t end, float* scratch);
-    void (*head_pack)(const HeadProblem& problem, const HeadRows& hidden);
+    HeadRows (*head_pack)(const HeadProblem& problem, uint16_t* memory);
     void (*head_backward)(const HeadProblem& problem, const HeadRows& hidden, int64_t begin, int64_t end, float* dhidden,
                           float* scratch);
 };
@@ -40,4 +40,5 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;  // the same, with products of bf16 where a kernel has them
+extern const Kernels kernels_amx;         // the same, those products by AMX tiles
 #endif

@@ -12,6 +12,7 @@ ISAS = ["portable"]
 ISAS += ["avx2"] if _C.cpu_features()["avx2"] and _C.cpu_features()["fma"] else []
 ISAS += ["avx512"] if all(_C.cpu_features()["avx512" + part] for part in ("f", "bw", "vl", "dq")) else []
 ISAS += ["avx512bf16"] if "avx512" in ISAS and _C.cpu_features()["avx512_bf16"] else []
+ISAS += ["amx"] if "avx512bf16" in ISAS and _C.cpu_features()["amx_bf16"] else []
 
 EVERY_OP = """
 import sys
@@ -69,7 +70,7 @@ def test_every_instruction_set_of_this_cpu_computes_the_same(isa):
 
 def test_an_unknown_instruction_set_is_an_error():
     done = python("import torch, nanorlhf.ops", NANORLHF_ISA="sse9")
-    assert "NANORLHF_ISA: expected portable, avx2, avx512 or avx512bf16, got sse9" in done.stderr
+    assert "NANORLHF_ISA: expected portable, avx2, avx512, avx512bf16 or amx, got sse9" in done.stderr
     assert done.returncode != 0
 
 
