@@ -46,7 +46,7 @@ constexpr int64_t KEYS_PER_PASS = 256;     // scores of 16 queries against these
 constexpr int64_t QUERIES_PER_PASS = 128;  // backward: two (128, 16) tiles stay in the L1 cache
 constexpr int64_t attention_forward_scratch(int64_t length, int64_t dim) {
     const int64_t width = (dim + 31) / 32 * 32;  // of bf16, whose tiles have 32 queries
-    return 2 * length * width + 4 * 32 * width + 32 * KEYS_PER_PASS;
+    return 2 * (length + 32) * width + 6 * 32 * width + 48 * KEYS_PER_PASS;
 }
 constexpr int64_t attention_backward_scratch(int64_t length, int64_t dim) {
     const int64_t width = (dim + 31) / 32 * 32, rows = (length + 31) / 32 * 32;  // of bf16, whose tiles have 32 keys
