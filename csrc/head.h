@@ -15,7 +15,9 @@ struct HeadProblem {
     int64_t words = 0;                  // of the vocabulary that a task of the backward pass takes, a multiple of 32
 };
 
-constexpr int64_t HEAD_TOKENS = 128;  // of a task forward, and at a time backward
+constexpr int64_t HEAD_TOKENS = 128;  // of a task forward
+constexpr int64_t HEAD_BLOCK = 256;   // tokens at a time backward, at most
+constexpr int64_t HEAD_CHUNK = 64;    // of them, whose logits are there at a time
 constexpr int64_t head_padded(int64_t rows) { return (rows + HEAD_TOKENS - 1) / HEAD_TOKENS * HEAD_TOKENS; }
 
 struct HeadRows {  // two times (head_padded(rows), dim), padded with zeros
@@ -26,7 +28,7 @@ struct HeadRows {  // two times (head_padded(rows), dim), padded with zeros
 // Floats of scratch that one task needs.
 constexpr int64_t head_forward_scratch(int64_t dim) { return HEAD_TOKENS * dim / 2 + 32 * dim / 2 + 64 * 32; }
 constexpr int64_t head_backward_scratch(int64_t dim, int64_t words) {
-    return words * dim * 2 + 32 * dim / 2 + HEAD_TOKENS * 32 + HEAD_TOKENS * 32 / 2 + HEAD_TOKENS * words / 2 + 32 * dim;
+    return words * dim * 2 + 32 * dim / 2 + HEAD_CHUNK * 32 + HEAD_BLOCK * 32 / 2 + HEAD_BLOCK * words / 2 + 32 * dim;
 }
 
 // Whether this CPU has kernels for it.
