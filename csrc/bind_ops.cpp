@@ -8,6 +8,7 @@
 
 #include "isa.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 
@@ -137,6 +138,7 @@ void swiglu(bool is_backward, int64_t row_count, int64_t columns, int dtype, uin
 }  // namespace
 
 void bind_ops(py::module_& m) {
+    survive_forks();
     using release = py::call_guard<py::gil_scoped_release>;
     m.def("isa", &isa, "The instruction set that the CPU kernels run on.");
     m.def("cpu_features", [] {
