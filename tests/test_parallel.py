@@ -3,40 +3,21 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-EVERYTHING = """
+HERE = Path(__file__).parent
+IMPORTS = """
 import multiprocessing, os, sys, threading
+sys.path[1:1] = [os.path.dirname(os.getcwd())]
 import torch
-from nanorlhf import ops
-
-def tasks():
-    return len(os.listdir("/proc/self/task"))
-
-def everything():
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(512, 128, generator=g).requires_grad_(), torch.randn(2048, 128, generator=g).requires_grad_()
-    cu_seqlens, ids = torch.tensor([0, 100, 512]).int(), torch.randint(0, 2048, (512,), generator=g)
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        x = ops.rms_norm(hidden.to(dtype), torch.ones(128))
-        q = ops.rope(x.view(512, 2, 64), torch.arange(512))
-        a = ops.attention(q, q, q, cu_seqlens).reshape(512, 128)
-        s = ops.softmax(ops.swiglu(a, x))
-        logprobs, entropy = ops.token_logprobs(a + s, weight, ids)
-        (logprobs + entropy).sum().backward()
-        decoded = ops.attention_decode(q[:8], q[None].expand(8, 512, 2, 64), q[None].expand(8, 512, 2, 64), ids[:8].int() % 512)
-        results += [logprobs.detach(), decoded.detach().float(), hidden.grad.clone(), weight.grad.clone()]
-    return results + [torch.randn(999, 999, generator=g).softmax(-1)]  # and torch's own loops
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+from every_op import everything, same, tasks
 """
 
 
 def python(code, seconds=60):
-    done = subprocess.run([sys.executable, "-c", EVERYTHING + code], capture_output=True, text=True, timeout=seconds)
+    done = subprocess.run([sys.executable, "-c", f"{IMPORTS}\n{code}"], capture_output=True, text=True, timeout=seconds, cwd=HERE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -50,7 +50,8 @@ def ppo_policy_loss(logprobs, old, advantages, clip, ref=None):
 
 
 def ppo_value_loss(values, old, returns, clip):
-    """``value_loss`` with its gradient, and the share of tokens where the clipped error is the larger; as above.
+    """``value_loss`` with its gradient, and the share of tokens where the value left the bounds and the error at the
+    bound is the larger; as above.
 
     >>> round(ppo_value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), 0.2).loss.item(), 4)
     0.32
@@ -98,9 +99,9 @@ def ppo_policy_loss_reference(logprobs, old, advantages, clip, ref=None):
 
 def ppo_value_loss_reference(values, old, returns, clip):
     """The same in plain torch."""
-    clipped = old + (values - old).clamp(-clip, clip)
-    larger = ((clipped - returns) ** 2 > (values - returns) ** 2).to(values.dtype).mean()
-    return ValueLoss(value_loss(values, old, returns, clip), larger)
+    moved = values - old
+    larger = (old + moved.clamp(-clip, clip) - returns) ** 2 > (values - returns) ** 2
+    return ValueLoss(value_loss(values, old, returns, clip), (larger & (moved.abs() > clip)).to(values.dtype).mean())
 
 
 class _Half(torch.autograd.Function):
