@@ -115,10 +115,10 @@ void norm(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintp
     (is_backward ? norm_backward : norm_forward)(p, num_threads);
 }
 
-void scan(const std::string& op, uintptr_t cu_seqlens, int64_t batch, int64_t tokens, double gamma, double lambda,
-          uintptr_t rewards, uintptr_t values, uintptr_t advantages, uintptr_t returns, int num_threads) {
-    check_cu_seqlens(at<const int32_t>(cu_seqlens), batch, tokens, op);
-    gae({at<const int32_t>(cu_seqlens), batch, gamma, lambda, at<const float>(rewards), at<const float>(values),
+void scan(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, double gamma, double lambda, uintptr_t rewards,
+          uintptr_t values, uintptr_t advantages, uintptr_t returns, int num_threads) {
+    check_cu_seqlens(at<const int32_t>(cu_seqlens), batch, tokens, "gae");
+    gae({at<const int32_t>(cu_seqlens), batch, gamma, gamma * lambda, at<const float>(rewards), at<const float>(values),
          at<float>(advantages), at<float>(returns)}, num_threads);
 }
 

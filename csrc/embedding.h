@@ -9,7 +9,7 @@ struct EmbeddingProblem {
     int from_dtype;
     void* to;            // forward: (tokens, columns); backward: (vocabulary, columns), fp32
     int to_dtype;
-    const int64_t *order, *starts;  // backward, filled there: token indices row by row, and where each row's begin
+    const int64_t *order, *starts;  // backward, filled there: tokens row by row; row r's begin at starts[r] - r
 };
 
 void embedding_forward(const EmbeddingProblem& problem, int num_threads);

@@ -7,9 +7,9 @@
 struct GaeProblem {
     const int32_t* cu_seqlens;  // (batch + 1,), rising from 0 to the number of tokens
     int64_t batch;
-    double gamma, lambda;
-    const float *rewards, *values;  // (tokens,); values may be null: all 0
-    float *advantages, *returns;    // (tokens,); returns may be null
+    double gamma, gamma_lambda;
+    const float *rewards, *values;  // (tokens,), as are the next two
+    float *advantages, *returns;
 };
 
 void gae(const GaeProblem& problem, int num_threads);

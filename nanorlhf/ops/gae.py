@@ -20,22 +20,24 @@ def gae(rewards, values, cu_seqlens, gamma, lam):
     >>> a.tolist(), r.tolist()
     ([0.5, 1.0], [0.5, 1.0])
     """
-    _validate("gae", rewards, values, cu_seqlens)
-    if not _native("gae", rewards, values):
+    if rewards.dim() != 1 or values.shape != rewards.shape or not values.is_floating_point() or cu_seqlens.dim() != 1 \
+            or not len(cu_seqlens) or cu_seqlens.is_floating_point():
+        raise ValueError(
+            "gae: expected rewards and values of shape (M,) and cu_seqlens of shape (B+1,) in integers, got "
+            f"{tuple(rewards.shape)}, {tuple(values.shape)} in {values.dtype}, {tuple(cu_seqlens.shape)} in {cu_seqlens.dtype}"
+        )
+    if not backend.use_native_fp32("gae", rewards, values):
         return gae_reference(rewards, values, cu_seqlens, gamma, lam)
-    return _gae_op(rewards.detach(), values.detach(), cu_seqlens, gamma, lam)
+    return _op(rewards.detach(), values.detach(), cu_seqlens, gamma, lam)
 
 
 def reward_to_go(rewards, cu_seqlens, gamma=1.0):
-    """Σ γ^l r_{t+l} to the end of the episode: rewards (M,) → (M,), as in ``gae``.
+    """Σ γ^l r_{t+l} to the end of the episode, rewards (M,) → (M,): the advantage where every value is 0 and λ is 1.
 
     >>> reward_to_go(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 3]), 0.5).tolist()
     [2.0, 2.0, 4.0]
     """
-    _validate("reward_to_go", rewards, rewards, cu_seqlens)
-    if not _native("reward_to_go", rewards):
-        return reward_to_go_reference(rewards, cu_seqlens, gamma)
-    return _to_go_op(rewards.detach(), cu_seqlens, gamma)
+    return gae(rewards, torch.zeros_like(rewards), cu_seqlens, gamma, 1.0)[0]
 
 
 @torch.no_grad()
@@ -58,45 +60,18 @@ def gae_reference(rewards, values, cu_seqlens, gamma, lam):
     return advantages, advantages + values
 
 
-def reward_to_go_reference(rewards, cu_seqlens, gamma=1.0):
-    """The same in plain torch: the advantage where every value is 0 and λ = 1."""
-    return gae_reference(rewards, torch.zeros_like(rewards), cu_seqlens, gamma, 1.0)[0]
-
-
-def _validate(op, rewards, values, cu_seqlens):
-    if rewards.dim() != 1 or values.shape != rewards.shape or not values.is_floating_point() or cu_seqlens.dim() != 1 \
-            or not len(cu_seqlens) or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"{op}: expected rewards and values of shape (M,) and cu_seqlens of shape (B+1,) in integers, got "
-            f"{tuple(rewards.shape)}, {tuple(values.shape)} in {values.dtype}, {tuple(cu_seqlens.shape)} in {cu_seqlens.dtype}"
-        )
-
-
-def _native(op, *tensors):
-    """The kernel takes fp32 alone; what is narrower or wider is the reference's."""
-    return all(backend.use_native(op, x) and x.dtype == torch.float32 for x in tensors)
-
-
-def _scan(op, rewards, values, cu_seqlens, gamma, lam):
-    rewards, cu_seqlens = rewards.contiguous(), cu_seqlens.to(torch.int32).contiguous()
-    values = None if values is None else values.contiguous()
-    advantages = torch.empty(rewards.shape)
-    returns = None if values is None else torch.empty(rewards.shape)
+def _cpu(rewards, values, cu_seqlens, gamma, lam):
+    rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.to(torch.int32).contiguous()
+    advantages, returns = torch.empty(rewards.shape), torch.empty(rewards.shape)
     _C.gae(
-        op, cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(rewards), gamma, lam, rewards.data_ptr(),
-        0 if values is None else values.data_ptr(), advantages.data_ptr(), 0 if returns is None else returns.data_ptr(),
-        torch.get_num_threads(),
+        cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(rewards), gamma, lam, rewards.data_ptr(), values.data_ptr(),
+        advantages.data_ptr(), returns.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return advantages, returns
 
 
-_gae_op = backend.define(
+_op = backend.define(
     "gae(Tensor rewards, Tensor values, Tensor cu_seqlens, float gamma, float lam) -> (Tensor, Tensor)",
-    lambda rewards, values, cu_seqlens, gamma, lam: _scan("gae", rewards, values, cu_seqlens, gamma, lam),
+    _cpu,
     lambda rewards, values, cu_seqlens, gamma, lam: (rewards.new_empty(rewards.shape), values.new_empty(values.shape)),
-)
-_to_go_op = backend.define(
-    "reward_to_go(Tensor rewards, Tensor cu_seqlens, float gamma) -> Tensor",
-    lambda rewards, cu_seqlens, gamma: _scan("reward_to_go", rewards, None, cu_seqlens, gamma, 1.0)[0],
-    lambda rewards, cu_seqlens, gamma: rewards.new_empty(rewards.shape),
 )

@@ -41,8 +41,9 @@ def ppo_policy_loss(logprobs, old, advantages, clip, ref=None):
     >>> round(ppo_policy_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([2.0]), 0.2).loss.item(), 4)
     -2.4
     """
-    _validate("ppo_policy_loss", logprobs, old, advantages, *([] if ref is None else [ref]))
-    if not _native("ppo_policy_loss", logprobs, old, advantages, *([] if ref is None else [ref])):
+    given = [logprobs, old, advantages] + ([] if ref is None else [ref])
+    _validate("ppo_policy_loss", *given)
+    if not backend.use_native_fp32("ppo_policy_loss", *given):
         return ppo_policy_loss_reference(logprobs, old, advantages, clip, ref)
     loss, terms = _Half.apply(logprobs, old.detach(), advantages.detach(), None if ref is None else ref.detach(), clip, False)
     _, clipped, ratio_max, *kls = terms.unbind()
@@ -57,7 +58,7 @@ def ppo_value_loss(values, old, returns, clip):
     0.32
     """
     _validate("ppo_value_loss", values, old, returns)
-    if not _native("ppo_value_loss", values, old, returns):
+    if not backend.use_native_fp32("ppo_value_loss", values, old, returns):
         return ppo_value_loss_reference(values, old, returns, clip)
     loss, terms = _Half.apply(values, old.detach(), returns.detach(), None, clip, True)
     return ValueLoss(loss, terms[1])
@@ -123,10 +124,6 @@ def _validate(op, x, *others):
     if x.dim() != 1 or not x.numel() or any(y.shape != x.shape or not y.is_floating_point() for y in (x, *others)):
         got = ", ".join(f"{tuple(y.shape)} in {y.dtype}" for y in (x, *others))
         raise ValueError(f"{op}: expected tensors of one shape (M,), M at least 1, in floating point, got {got}")
-
-
-def _native(op, *tensors):
-    return all(backend.use_native(op, x) and x.dtype == torch.float32 for x in tensors)
 
 
 def _cpu(x, old, target, ref, clip, value, want_grad):
