@@ -8,6 +8,7 @@
 
 #include "isa.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 
@@ -21,11 +22,11 @@ T* at(uintptr_t address) {
 }
 Rows rows(const Strided& s) { return {at<void>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
 
-void check_cu_seqlens(const int32_t* cu_seqlens, int64_t batch, int64_t tokens) {
+void check_cu_seqlens(const int32_t* cu_seqlens, int64_t batch, int64_t tokens, const std::string& op = "attention") {
     bool ok = cu_seqlens[0] == 0 && cu_seqlens[batch] == tokens;
     for (int64_t b = 0; b < batch; ++b) ok = ok && cu_seqlens[b] <= cu_seqlens[b + 1];
     if (!ok)
-        throw std::invalid_argument("attention: expected cu_seqlens to rise from 0 to N = " + std::to_string(tokens));
+        throw std::invalid_argument(op + ": expected cu_seqlens to rise from 0 to N = " + std::to_string(tokens));
 }
 
 AttentionProblem attention_problem(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
@@ -114,6 +115,30 @@ void norm(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintp
     (is_backward ? norm_backward : norm_forward)(p, num_threads);
 }
 
+void scan(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, double gamma, double lambda, uintptr_t rewards,
+          uintptr_t values, uintptr_t advantages, uintptr_t returns, int num_threads) {
+    check_cu_seqlens(at<const int32_t>(cu_seqlens), batch, tokens, "gae");
+    gae({at<const int32_t>(cu_seqlens), batch, gamma, gamma * lambda, at<const float>(rewards), at<const float>(values),
+         at<float>(advantages), at<float>(returns)}, num_threads);
+}
+
+void ppo(bool value, int64_t tokens, double clip, uintptr_t x, uintptr_t old, uintptr_t target, uintptr_t ref, uintptr_t grad,
+         uintptr_t terms, int num_threads) {
+    ppo_loss({tokens, value, clip, at<const float>(x), at<const float>(old), at<const float>(target), at<const float>(ref),
+              at<float>(grad), nullptr}, at<float>(terms), num_threads);
+}
+
+void embedding(bool is_backward, int64_t tokens, int64_t vocabulary, int64_t columns, uintptr_t ids, uintptr_t from,
+               int from_dtype, uintptr_t to, int to_dtype, int num_threads) {
+    const EmbeddingProblem p{tokens, vocabulary, columns, at<const int64_t>(ids), at<const void>(from), from_dtype,
+                             at<void>(to), to_dtype, nullptr, nullptr};
+    for (int64_t n = 0; n < tokens; ++n)
+        if (p.ids[n] < 0 || p.ids[n] >= vocabulary)
+            throw std::invalid_argument("embedding: expected ids in [0, V = " + std::to_string(vocabulary) + "), got " +
+                                        std::to_string(p.ids[n]));
+    (is_backward ? embedding_backward : embedding_forward)(p, num_threads);
+}
+
 void rotate(int64_t tokens, int64_t heads, int64_t half, int dtype, Strided x, uintptr_t positions,
             uintptr_t cosines, uintptr_t sines, int64_t length, bool inverse, uintptr_t out, int num_threads) {
     const RopeProblem p{tokens, heads, half, dtype, at<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x),
@@ -137,6 +162,7 @@ void swiglu(bool is_backward, int64_t row_count, int64_t columns, int dtype, uin
 }  // namespace
 
 void bind_ops(py::module_& m) {
+    survive_forks();
     using release = py::call_guard<py::gil_scoped_release>;
     m.def("isa", &isa, "The instruction set that the CPU kernels run on.");
     m.def("cpu_features", [] {
@@ -152,6 +178,9 @@ void bind_ops(py::module_& m) {
     m.def("has_head", &has_head, "Whether this CPU has `head`.");
     m.def("head", &head, release(), "The loss from hidden states and weight in bf16, or both gradients in fp32.");
     m.def("norm", &norm, release(), "RMSNorm: fills y and scale, or dx and dweight.");
+    m.def("gae", &scan, release(), "Fills advantages and returns.");
+    m.def("ppo_loss", &ppo, release(), "One half of the PPO loss: fills terms and grad.");
+    m.def("embedding", &embedding, release(), "Rows by id, or the fp32 sum of their gradients.");
     m.def("rope", &rotate, release(), "Turns pairs of x by their position's angles, or back.");
     m.def("swiglu", &swiglu, release(), "silu(gate) * up, or dgate and dup.");
 }

@@ -4,9 +4,12 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "embedding.h"
+#include "gae.h"
 #include "head.h"
 #include "loss.h"
 #include "norm.h"
+#include "ppo_loss.h"
 #include "rope.h"
 #include "softmax.h"
 #include "swiglu.h"
@@ -28,6 +31,11 @@ struct Kernels {
     void (*rope)(const RopeProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_forward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_backward)(const SwigluProblem& problem, int64_t begin, int64_t end);
+    // [begin, end) are episodes, blocks of PPO_BLOCK tokens, tokens, rows of the weight.
+    void (*gae)(const GaeProblem& problem, int64_t begin, int64_t end);
+    void (*ppo_loss)(const PpoLossProblem& problem, int64_t begin, int64_t end);
+    void (*embedding_forward)(const EmbeddingProblem& problem, int64_t begin, int64_t end);
+    void (*embedding_backward)(const EmbeddingProblem& problem, int64_t begin, int64_t end);
     // Null where there are no products of bf16.
     void (*head_forward)(const HeadProblem& problem, int64_t begin, int64_t end, float* scratch);
     HeadRows (*head_pack)(const HeadProblem& problem, uint16_t* memory);

@@ -2,6 +2,11 @@
 #pragma once
 #include <cstdint>
 
+// From now on a forked child may use threads. libgomp keeps a team of idle threads for every thread that ran a loop; a child
+// inherits the record of them without the threads, and its first loop, ours or torch's, would wait for them for ever. So
+// the forking thread's team is ended before each fork; parent and child start another at their next loop.
+void survive_forks();
+
 template <class F>
 void parallel_rows(int64_t rows, int64_t columns, int num_threads, F&& work) {
     constexpr int64_t WORTH_A_THREAD = 16384;  // elements: about the cost of waking a thread

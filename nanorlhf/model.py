@@ -168,9 +168,9 @@ class Model(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """tokens (N,), positions (N,) → hidden states after the last norm (N, C), with the given attention."""
-        x = F.embedding(tokens, self.model.embed_tokens.weight).to(self.compute_dtype)
+        x = ops.embedding(tokens, self.model.embed_tokens.weight, self.compute_dtype)
         if self.config.variant == "gpt2":
-            x = x + F.embedding(positions, self.model.embed_positions.weight).to(x.dtype)
+            x = x + ops.embedding(positions, self.model.embed_positions.weight, x.dtype)
         for block in self.model.layers:
             x = block(x, positions, attend)
         return self.model.norm(x)

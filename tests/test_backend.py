@@ -33,6 +33,9 @@ cases = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w[0]), (x, w)),
     "rope": (lambda q: ops.rope(q, torch.arange(90)), (q,)),
     "swiglu": (ops.swiglu, (x, up)),
+    "embedding": (lambda w: ops.embedding(targets, w), (w,)),
+    "ppo_policy_loss": (lambda x: sum(ops.ppo_policy_loss(x[0], *up[:2].to(x), 0.2, up[2].to(x))), (x,)),
+    "ppo_value_loss": (lambda x: sum(ops.ppo_value_loss(x[0], *up[:2].to(x), 0.2)), (x,)),
 }
 def run(op, inputs, dtype):
     leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
@@ -42,6 +45,8 @@ def run(op, inputs, dtype):
 for name, (op, inputs) in cases.items():
     for a, b in zip(run(op, inputs, torch.float32), run(op, inputs, torch.float64)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()), msg=name)
+for a, b in zip(*(ops.gae(*(t.T.flatten()[:90].to(d) for t in (x, up)), cu_seqlens, 0.99, 0.95) for d in (torch.float32, torch.float64))):
+    torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
 cache, lengths = k[None, :, :].expand(3, 90, 2, 40), torch.tensor([1, 33, 90]).int()
 a = ops.attention_decode(q[:3], cache, cache, lengths)
 b = ops.attention_decode(q[:3].double(), cache.double(), cache.double(), lengths)

@@ -3,8 +3,11 @@ gradient and its dispatch. backend.py knows what can run here."""
 
 from nanorlhf.ops import backend
 from nanorlhf.ops.attention import attention, attention_decode
+from nanorlhf.ops.embedding import embedding
+from nanorlhf.ops.gae import gae, reward_to_go
 from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logprobs
 from nanorlhf.ops.norm import rms_norm
+from nanorlhf.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
 from nanorlhf.ops.rope import positions_from_cu_seqlens, rope
 from nanorlhf.ops.softmax import softmax
 from nanorlhf.ops.swiglu import swiglu
@@ -12,9 +15,14 @@ from nanorlhf.ops.swiglu import swiglu
 __all__ = [
     "attention",
     "attention_decode",
+    "embedding",
+    "gae",
     "logits_logprobs",
     "next_token_positions",
     "positions_from_cu_seqlens",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "reward_to_go",
     "rms_norm",
     "rope",
     "softmax",

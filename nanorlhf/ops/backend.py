@@ -69,6 +69,11 @@ def use_native(op, x):
     return True
 
 
+def use_native_fp32(op, *tensors):
+    """The same for a kernel that takes fp32 alone: narrower and wider tensors are the reference's."""
+    return all(use_native(op, x) and x.dtype == torch.float32 for x in tensors)
+
+
 def define(schema, cpu, fake):
     """Register a native op with torch and return its callable. ``fake`` computes shapes only, for torch.compile."""
     name = schema.split("(")[0]

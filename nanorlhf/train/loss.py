@@ -1,9 +1,12 @@
-"""The arithmetic of the four stages, as pure functions on ragged tensors. Each has one definition, here."""
+"""The arithmetic of the four stages, as pure functions on ragged tensors. Each has one definition, here or in ops."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..ops import gae, ppo_policy_loss, ppo_value_loss  # noqa: F401  what the stages take from here
+from ..ops.ppo_loss import policy_loss, value_loss  # noqa: F401  the same losses as they are read in the papers
 
 
 def kwise_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,31 +39,6 @@ def kwise_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor
     return torch.stack(losses).mean(), torch.tensor(right / pairs)
 
 
-def gae(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates of ragged episodes: rewards (M,), values (M,) → advantages (M,), returns (M,).
-
-    δ_t = r_t + γ V_{t+1} − V_t with V after an episode's last token 0; A_t = Σ (γλ)^l δ_{t+l}; returns = A + V.
-    Source: Schulman et al. 2016, eq. 11-16.
-
-    >>> a, r = gae(torch.tensor([0.0, 1.0]), torch.zeros(2), torch.tensor([0, 2]), 1.0, 0.5)
-    >>> a.tolist(), r.tolist()
-    ([0.5, 1.0], [0.5, 1.0])
-    """
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    starts = cu_seqlens[:-1].long()
-    advantages = torch.zeros_like(values)
-    carry = torch.zeros(len(lengths), dtype=values.dtype, device=values.device)
-    after = torch.zeros_like(carry)
-    for back in range(int(lengths.max()) if len(lengths) else 0):  # t counts from the end, for all episodes at once
-        live = lengths > back
-        t = (starts + lengths - 1 - back)[live]
-        delta = rewards[t] + gamma * after[live] - values[t]
-        carry[live] = delta + gamma * lam * carry[live]
-        after[live] = values[t]
-        advantages[t] = carry[live]
-    return advantages, advantages + values
-
-
 def whiten(x: Tensor) -> Tensor:
     """(x − mean) / sqrt(population variance + 1e-8).
 
@@ -68,30 +46,6 @@ def whiten(x: Tensor) -> Tensor:
     [-1.0, 1.0]
     """
     return (x - x.mean()) * torch.rsqrt(x.var(unbiased=False) + 1e-8)
-
-
-def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Mean over tokens of max(−A·r, −A·clip(r, 1−ε, 1+ε)) with r = exp(logprobs − old); and the share of tokens
-    where the clipped branch is the larger. Source: Schulman et al. 2017 (PPO) eq. 7.
-
-    >>> loss, clipped = policy_loss(torch.zeros(1), torch.zeros(1), torch.tensor([2.0]), 0.2)
-    >>> float(loss), float(clipped)
-    (-2.0, 0.0)
-    """
-    ratio = torch.exp(logprobs - old)
-    free = -advantages * ratio
-    bound = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(free, bound).mean(), (bound > free).float().mean()
-
-
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """½ mean of max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²). Source: Ziegler et al. 2019, code; PPO's eq. 9 term.
-
-    >>> round(float(value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), 0.2)), 4)
-    0.32
-    """
-    clipped = old + (values - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).mean()
 
 
 def sum_by_sequence(x: Tensor, cu_seqlens: Tensor) -> Tensor:

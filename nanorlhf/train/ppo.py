@@ -16,7 +16,7 @@ from ..engine import SamplingConfig, generate
 from ..engine.generate import ragged
 from ..model import Model
 from ..optim import Optimizer
-from .loss import AdaptiveKL, gae, policy_loss, sum_by_sequence, value_loss, whiten
+from .loss import AdaptiveKL, gae, ppo_policy_loss, ppo_value_loss, sum_by_sequence, whiten
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,16 @@ def update(policy: Model, value: Model, optimizers: tuple[Optimizer, Optimizer],
         for part, chosen in enumerate(np.array_split(order, config.minibatches)):
             tokens, cu_seqlens, where, index = episodes(rollout, chosen)
             logprobs, _ = policy.logprobs(tokens, cu_seqlens, where, config.temperature)
-            old = rollout.logprobs[index]
-            p_loss, clipped = policy_loss(logprobs, old, advantages[index], config.clip)
-            p_loss.backward()
-            v_loss = value_loss(value.scores(tokens, cu_seqlens, where) - offset, rollout.values[index], returns[index],
-                                config.value_clip)
-            v_loss.backward()
+            p = ppo_policy_loss(logprobs, rollout.logprobs[index], advantages[index], config.clip)
+            p.loss.backward()
+            v = ppo_value_loss(value.scores(tokens, cu_seqlens, where) - offset, rollout.values[index], returns[index],
+                               config.value_clip)
+            v.loss.backward()
             at = (step * config.epochs + epoch) * config.minibatches + part
             norms = [optimizer.step(at)[1] for optimizer in optimizers]
-            gap = (logprobs.detach() - old).abs()
-            rows.append({"policy_loss": float(p_loss.detach()), "value_loss": float(v_loss.detach()),
-                         "clip_fraction": float(clipped), "approx_kl": float(0.5 * (gap ** 2).mean()),
-                         "ratio_max": float(gap.max().exp()), "grad_norm": norms[0]})
+            rows.append({"policy_loss": float(p.loss.detach()), "value_loss": float(v.loss.detach()),
+                         "clip_fraction": float(p.clip_fraction), "approx_kl": float(p.kl2),
+                         "ratio_max": float(p.ratio_max), "grad_norm": norms[0]})
     measured = {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
     unexplained = (returns - rollout.values).var() / returns.var().clamp_min(1e-12)
     return {**measured, "first_ratio_max": rows[0]["ratio_max"], "explained_variance": float(1 - unexplained)}
