@@ -8,6 +8,7 @@
 #include "loss.h"
 #include "norm.h"
 #include "rope.h"
+#include "sample.h"
 #include "softmax.h"
 #include "swiglu.h"
 
@@ -26,6 +27,7 @@ struct Kernels {
     // Adds to `dweight`, whose room is a whole number of registers.
     void (*norm_backward)(const NormProblem& problem, int64_t begin, int64_t end, float* dweight);
     void (*rope)(const RopeProblem& problem, int64_t begin, int64_t end);
+    void (*sample)(const SampleProblem& problem, int64_t begin, int64_t end, float* scratch);  // of sample_room floats
     void (*swiglu_forward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_backward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     // Null where there are no products of bf16.

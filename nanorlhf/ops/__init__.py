@@ -6,6 +6,7 @@ from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logprobs
 from nanorlhf.ops.norm import rms_norm
 from nanorlhf.ops.rope import positions_from_cu_seqlens, rope
+from nanorlhf.ops.sample import sample
 from nanorlhf.ops.softmax import softmax
 from nanorlhf.ops.swiglu import swiglu
 
@@ -17,6 +18,7 @@ __all__ = [
     "positions_from_cu_seqlens",
     "rms_norm",
     "rope",
+    "sample",
     "softmax",
     "swiglu",
     "token_logprobs",
