@@ -18,7 +18,7 @@ CASES = [(B, V, spread, name) for V in (4096, 50257) for B in (1, 32, 384) for s
 
 
 def case(B, V, spread, name):
-    """spread: the logits' standard deviation. At 1 nearly the whole vocabulary matters, at 3 a small part, as in a language model."""
+    """spread: the logits' standard deviation. At 1 most of the vocabulary matters, at 3 a small part of it."""
     logits = spread * torch.randn(B, V, generator=torch.Generator().manual_seed(0))
     given = (0, torch.arange(B), torch.zeros(B, dtype=torch.int64))
     assert sample(logits, *given, **FILTERS[name])[0].equal(sample_reference(logits, *given, **FILTERS[name])[0])

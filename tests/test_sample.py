@@ -31,8 +31,8 @@ SETTINGS = [
     {"temperature": 1.5, "top_p": 0.9, "min_p": 0.2},
     {"temperature": 0.7, "top_k": 5, "top_p": 0.95, "min_p": 0.05},
 ]
-LARGE = [*SETTINGS, {"top_k": 1}, {"top_k": 50}, {"top_k": 700}, {"top_k": 10**6}, {"top_p": 0.999}, {"top_p": 1e-9}, {"min_p": 1.0},
-         {"top_k": 700, "top_p": 0.5}]  # fmt: skip
+LARGE = [*SETTINGS, {"top_k": 1}, {"top_k": 50}, {"top_k": 700}, {"top_k": 10**6}, {"top_p": 0.999}, {"top_p": 1e-9},
+         {"min_p": 1.0}, {"top_k": 700, "top_p": 0.5}]  # fmt: skip
 
 
 @pytest.fixture(params=["auto", "reference"])
@@ -100,7 +100,7 @@ def test_token_and_logprobs_are_those_of_the_oracle(V, settings, dtype):
 
 
 def test_inversion_by_hand(either):
-    """Probabilities ½, ¼, ¼: u in [0, ½) is token 0, [½, ¾) token 1, [¾, 1) token 2. With min_p = 1 only the first is left."""
+    """Probabilities ½, ¼, ¼: u in [0, ½) is token 0, [½, ¾) token 1, [¾, 1) token 2. min_p = 1 leaves only the first."""
     logits = torch.log(torch.tensor([0.5, 0.25, 0.25]))
     u = uniforms(*numbers(1000))
     tokens, logprobs, unfiltered = draws(logits, 1000)
@@ -135,6 +135,9 @@ def test_equal_tokens_stay_or_go_together_and_the_first_always_stays(either):
     assert draws(torch.zeros(6), 200, top_k=2)[0].unique().tolist() == [0, 1, 2, 3, 4, 5]  # as Hugging Face's
     assert draws(torch.tensor([0.0, 1.0, 0.0, -1.0]), 200, top_p=0.6)[0].unique().tolist() == [0, 1, 2]
     assert draws(torch.tensor([-0.0, 0.0, -1.0]), 200, top_k=1)[0].unique().tolist() == [0, 1]
+    far = torch.arange(5000) * -1e-6
+    far[0] = -0.0
+    assert draws(far, 200, top_k=1)[0].unique().tolist() == draws(far, 200, top_p=1e-9)[0].unique().tolist() == [0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 2, "top_p": 0.9}])
@@ -204,7 +207,7 @@ def test_no_rows_are_no_tokens_and_fp64_keeps_its_precision(either):
 @pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_row_that_is_no_distribution_is_named(row, temperature, either):
-    logits = torch.tensor([[1.0, 2.0, 3.0], row])
+    logits = torch.nn.functional.pad(torch.tensor([[1.0, 2.0, 3.0], row]), (0, 61), value=-math.inf)
     with pytest.raises(ValueError, match="sample: expected logits below inf and not all -inf, got row 1 that is NaN"):
         sample(logits, *numbers(2), temperature=temperature)
     if math.isnan(row[1]):  # a NaN that carries bits

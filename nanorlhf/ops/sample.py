@@ -40,7 +40,8 @@ def sample(logits, seed, requests, steps, temperature=1.0, top_k=0, top_p=1.0, m
     """
     check_sampling(temperature, top_k, top_p, min_p)
     if logits.dim() != 2 or logits.shape[1] < 1 or not logits.is_floating_point():
-        raise ValueError(f"sample: expected logits of shape (B, V) in floating point, got {tuple(logits.shape)} in {logits.dtype}")
+        got = f"{tuple(logits.shape)} in {logits.dtype}"
+        raise ValueError(f"sample: expected logits of shape (B, V) in floating point, got {got}")
     for name, x in (("requests", requests), ("steps", steps)):
         if x.shape != logits.shape[:1] or x.dtype != torch.int64:
             raise ValueError(f"sample: expected {name} of shape ({len(logits)},) in int64, got {tuple(x.shape)} in {x.dtype}")
