@@ -159,6 +159,15 @@ void swiglu(bool is_backward, int64_t row_count, int64_t columns, int dtype, uin
     (is_backward ? swiglu_backward : swiglu_forward)(p, num_threads);
 }
 
+void draw(int64_t row_count, int64_t columns, int64_t stride, int dtype, uintptr_t logits, int64_t seed, uintptr_t requests,
+          uintptr_t steps, double temperature, int64_t top_k, double top_p, double min_p, uintptr_t tokens, uintptr_t logprob,
+          uintptr_t unfiltered, int num_threads) {
+    const SampleProblem p{row_count, columns, stride, dtype, at<const void>(logits), static_cast<uint64_t>(seed),
+                          at<const int64_t>(requests), at<const int64_t>(steps), temperature, top_k, top_p, min_p,
+                          at<int64_t>(tokens), at<float>(logprob), at<float>(unfiltered)};
+    sample(p, num_threads);
+}
+
 }  // namespace
 
 void bind_ops(py::module_& m) {
@@ -182,5 +191,6 @@ void bind_ops(py::module_& m) {
     m.def("ppo_loss", &ppo, release(), "One half of the PPO loss: fills terms and grad.");
     m.def("embedding", &embedding, release(), "Rows by id, or the fp32 sum of their gradients.");
     m.def("rope", &rotate, release(), "Turns pairs of x by their position's angles, or back.");
+    m.def("sample", &draw, release(), "A token a row: fills tokens and its two log-probabilities.");
     m.def("swiglu", &swiglu, release(), "silu(gate) * up, or dgate and dup.");
 }

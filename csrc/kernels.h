@@ -11,6 +11,7 @@
 #include "norm.h"
 #include "ppo_loss.h"
 #include "rope.h"
+#include "sample.h"
 #include "softmax.h"
 #include "swiglu.h"
 
@@ -29,6 +30,7 @@ struct Kernels {
     // Adds to `dweight`, whose room is a whole number of registers.
     void (*norm_backward)(const NormProblem& problem, int64_t begin, int64_t end, float* dweight);
     void (*rope)(const RopeProblem& problem, int64_t begin, int64_t end);
+    void (*sample)(const SampleProblem& problem, int64_t begin, int64_t end, float* scratch);  // of sample_room floats
     void (*swiglu_forward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_backward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     // [begin, end) are episodes, blocks of PPO_BLOCK tokens, tokens, rows of the weight.

@@ -25,16 +25,18 @@ class Assistant:
         self.end = special[chat_format.END]
 
     def complete(self, prompt: str, n: int = 1, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, stop: str = "", seed: int = 0) -> List[str]:
+                 top_p: float = 1.0, stop: str = "", seed: int = 0, min_p: float = 0.0) -> List[str]:
         """n continuations of a document that begins with ``prompt``, each up to ``stop`` (not included) if given."""
         ids = [self.end_of_text] + self.tokenizer.encode(prompt)
         ends = [self.end_of_text, self.end] + (self.tokens_with(stop) if stop else [])
-        drawn = generate(self.model, [ids], max_new_tokens, n, ends, SamplingConfig(temperature, top_k, top_p), seed)
+        sampling = SamplingConfig(temperature, top_k, top_p, min_p)
+        drawn = generate(self.model, [ids], max_new_tokens, n, ends, sampling, seed)
         texts = [self.text(c) for c in drawn]
         return [t.split(stop, 1)[0] for t in texts] if stop else texts
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0, on_text: Optional[Callable[[str], None]] = None) -> str:
+             top_p: float = 1.0, seed: int = 0, on_text: Optional[Callable[[str], None]] = None,
+             min_p: float = 0.0) -> str:
         """The assistant's answer to a conversation. on_text(piece) is called as the answer grows, never with a part of
         a character. Errors: ValueError when the conversation leaves no room in the model's context."""
         ids, _ = chat_format.render(self.tokenizer, list(messages), generation_prompt=True)
@@ -45,7 +47,7 @@ class Assistant:
                 on_text(stream.push(token))
 
         drawn = generate(self.model, [ids], max_new_tokens, stop=[self.end, self.end_of_text],
-                         sampling=SamplingConfig(temperature, top_k, top_p), seed=seed, on_token=push)[0]
+                         sampling=SamplingConfig(temperature, top_k, top_p, min_p), seed=seed, on_token=push)[0]
         if on_text is not None:
             on_text(stream.finish())
         return self.text(drawn)

@@ -9,7 +9,7 @@ from nanorlhf import assistant as room
 from nanorlhf import chat
 from nanorlhf.assistant import Assistant, load
 from nanorlhf.checkpoint import save_model
-from nanorlhf.engine import Completion
+from nanorlhf.engine import Completion, SamplingConfig
 from nanorlhf.engine.generate import ragged
 from tiny import byte_tokenizer, model
 
@@ -56,10 +56,10 @@ def test_a_folder_without_a_model_is_refused_in_one_sentence(tmp_path):
 
 def test_completions_go_on_from_a_document_that_begins_with_the_prompt(assistant, monkeypatch):
     asked = scripted(monkeypatch, " one", " two")
-    assert assistant.complete("Say", n=2, max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=4) == [" one", " two"]
+    assert assistant.complete("Say", n=2, max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, seed=4) == [" one", " two"]
     assert asked["prompts"] == [[EOT, *b"Say"]] and (asked["n"], asked["max_new_tokens"], asked["seed"]) == (2, 7, 4)
     assert asked["stop"] == {EOT, END}
-    assert (asked["sampling"].temperature, asked["sampling"].top_k, asked["sampling"].top_p) == (0.5, 3, 0.9)
+    assert asked["sampling"] == SamplingConfig(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1)
 
 
 def test_a_completion_ends_before_its_stop_text_also_in_the_middle_of_a_token(assistant, monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..model import Model
 from .cache import KVCache
-from .sample import SamplingConfig, sample, uniforms
+from .sample import SamplingConfig
 
 
 @dataclass
@@ -75,8 +75,8 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
     weight = model.head_weight.to(hidden.dtype).float()  # logits in fp32, as the training's loss has them
     room = [min(max_new_tokens, model.config.context - len(p)) for p in prompts for _ in range(n)]
     for step in range(max_new_tokens):
-        u = uniforms(seed, requests + first, torch.full_like(requests, step))
-        drawn, logprobs = sample(hidden.float() @ weight.T, u, sampling)
+        drawn, logprobs, _ = ops.sample(hidden.float() @ weight.T, seed, requests + first, torch.full_like(requests, step),
+                                        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         alive = _record(results, room, first, requests.tolist(), drawn.tolist(), logprobs.tolist(), stop, on_token)
         if not alive:
             return

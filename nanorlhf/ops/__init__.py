@@ -9,6 +9,7 @@ from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logpr
 from nanorlhf.ops.norm import rms_norm
 from nanorlhf.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
 from nanorlhf.ops.rope import positions_from_cu_seqlens, rope
+from nanorlhf.ops.sample import sample
 from nanorlhf.ops.softmax import softmax
 from nanorlhf.ops.swiglu import swiglu
 
@@ -25,6 +26,7 @@ __all__ = [
     "reward_to_go",
     "rms_norm",
     "rope",
+    "sample",
     "softmax",
     "swiglu",
     "token_logprobs",
