@@ -7,6 +7,7 @@
 #include "head.h"
 #include "loss.h"
 #include "norm.h"
+#include "optim.h"
 #include "rope.h"
 #include "softmax.h"
 #include "swiglu.h"
@@ -25,6 +26,8 @@ struct Kernels {
     void (*norm_forward)(const NormProblem& problem, int64_t begin, int64_t end);
     // Adds to `dweight`, whose room is a whole number of registers.
     void (*norm_backward)(const NormProblem& problem, int64_t begin, int64_t end, float* dweight);
+    // Elements [begin, begin + count) of one array; returns the sum of squares of OPTIM_NORM.
+    double (*optim)(const OptimProblem& problem, const OptimSpan& span, int64_t begin, int64_t count);
     void (*rope)(const RopeProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_forward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_backward)(const SwigluProblem& problem, int64_t begin, int64_t end);

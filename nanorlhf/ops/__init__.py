@@ -1,7 +1,7 @@
 """The ops that the models and the training are made of: each one file with its contract, its torch reference, its
 gradient and its dispatch. backend.py knows what can run here."""
 
-from nanorlhf.ops import backend
+from nanorlhf.ops import backend, optim
 from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logprobs
 from nanorlhf.ops.norm import rms_norm
