@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import OptimConfig
-from .model import compute_dtype
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -65,8 +64,8 @@ class AdamW(torch.optim.AdamW):
 class Muon(torch.optim.Optimizer):
     """W ← (1 − lr·wd)·W − lr·sqrt(max(1, rows/columns))·orthogonalise(Nesterov momentum).
 
-    Matrices of one shape are orthogonalised in one batched product. dtype: of those products; None is bfloat16 where the
-    hardware has matrix instructions for it, else that of the parameters. ``step`` takes what the gradients are multiplied by.
+    Matrices of one shape are orthogonalised in one batched product. dtype: of those products, that of the parameters unless given.
+    ``step`` takes what the gradients are multiplied by.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, dtype: torch.dtype | None = None):
@@ -83,10 +82,9 @@ class Muon(torch.optim.Optimizer):
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
             for shape, params in shapes.items():
-                kept = params[0].dtype
-                dtype = self.dtype or (compute_dtype("auto", params[0].device) if kept == torch.float32 else kept)
                 momenta = [self.state[p]["momentum"] for p in params]
-                updates = ops.optim.momentum_([p.grad for p in params], momenta, group["momentum"], dtype, scale)
+                updates = ops.optim.momentum_([p.grad for p in params], momenta, group["momentum"], self.dtype or params[0].dtype,
+                                              scale)
                 ops.optim.apply_(params, orthogonalise(updates), 1 - group["lr"] * group["weight_decay"],
                                  group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5)
 
@@ -109,7 +107,8 @@ class Optimizer:
                   {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
         self.parts = [AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=1e-8)]
         if hidden:
-            self.parts.append(Muon(hidden, config.muon_lr, config.momentum, config.weight_decay))
+            # A model that computes in bf16 has its updates made orthogonal in bf16, as Jordan et al. do.
+            self.parts.append(Muon(hidden, config.muon_lr, config.momentum, config.weight_decay, getattr(model, "compute_dtype", None)))
         self.params = [p for _, p in named]
 
     def step(self, step: int) -> tuple[float, float]:

@@ -3,6 +3,7 @@ gradient and its dispatch. backend.py knows what can run here."""
 
 from nanorlhf.ops import backend, optim
 from nanorlhf.ops.attention import attention, attention_decode
+from nanorlhf.ops.linear import linear, weights_held
 from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logprobs
 from nanorlhf.ops.norm import rms_norm
 from nanorlhf.ops.rope import positions_from_cu_seqlens, rope
@@ -12,6 +13,7 @@ from nanorlhf.ops.swiglu import swiglu
 __all__ = [
     "attention",
     "attention_decode",
+    "linear",
     "logits_logprobs",
     "next_token_positions",
     "positions_from_cu_seqlens",
@@ -20,4 +22,5 @@ __all__ = [
     "softmax",
     "swiglu",
     "token_logprobs",
+    "weights_held",
 ]
