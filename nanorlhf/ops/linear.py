@@ -9,17 +9,13 @@ import torch.nn.functional as F
 from nanorlhf.ops import backend
 
 
-class _Held(threading.local):
-    casts = None  # {(dtype, ids of the weights): (the weights, which keeps their ids theirs, their cast)}
-
-
-_held = _Held()
+_held = threading.local()  # its casts: {(dtype, ids of the weights): (the weights, which keeps their ids theirs, their cast)}
 
 
 @contextmanager
 def weights_held():
     """Within it no weight may change, and each is cast once: for decoding, where a step is not much more work than its casts."""
-    before, _held.casts = _held.casts, {}
+    before, _held.casts = getattr(_held, "casts", None), {}
     try:
         yield
     finally:
@@ -70,6 +66,7 @@ class _Linear(torch.autograd.Function):
         return _product(x, rows, biases, ctx.sizes)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
         x, rows = ctx.saved_tensors
         sizes, flat = ctx.sizes, x.reshape(-1, x.shape[-1])
@@ -77,12 +74,13 @@ class _Linear(torch.autograd.Function):
         whole = _whole(parts)
         if whole is not None:  # one product with all columns; else one each, which costs less than putting them together
             parts, sizes = [whole], [sum(sizes)]
-        dx = None
+        dx, gradients = None, [None] * len(ctx.dtypes)
         if ctx.needs_input_grad[0]:
-            for part, weight in zip(parts, rows.split(sizes)):
-                dx = part @ weight if dx is None else dx.addmm_(part, weight)
+            first, *others = zip(parts, rows.split(sizes))
+            dx = torch.mm(*first)
+            for other in others:
+                dx.addmm_(*other)
             dx = dx.view(x.shape)
-        gradients = [None] * len(ctx.dtypes)
         if any(ctx.needs_input_grad[2:]):
             made = [(part.T @ flat).to(ctx.dtypes[0]) for part in parts]
             made = made if whole is None else made[0].split(ctx.sizes)
@@ -95,7 +93,7 @@ def _stacked(tensors, dtype):
     """All rows of these in one tensor of ``dtype``; it may be the only one of them itself."""
     if len(tensors) == 1 and tensors[0].dtype == dtype:
         return tensors[0].detach()
-    casts = _held.casts if all(isinstance(t, torch.nn.Parameter) for t in tensors) else None
+    casts = getattr(_held, "casts", None) if all(isinstance(t, torch.nn.Parameter) for t in tensors) else None
     key = (dtype, *map(id, tensors))
     if casts is not None and key in casts:
         return casts[key][1]
