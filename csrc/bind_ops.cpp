@@ -139,6 +139,13 @@ void embedding(bool is_backward, int64_t tokens, int64_t vocabulary, int64_t col
     (is_backward ? embedding_backward : embedding_forward)(p, num_threads);
 }
 
+double update(int kind, int dtype, uintptr_t spans, int64_t count, double scale, double keep, double rate, double beta1,
+              double beta2, double root, double eps, int num_threads) {
+    const auto f = [](double x) { return static_cast<float>(x); };
+    return optim({kind, dtype, at<const OptimSpan>(spans), count, f(scale), f(keep), f(rate), f(beta1), f(beta2), f(1 - beta1),
+                  f(1 - beta2), f(root), f(eps)}, num_threads);
+}
+
 void rotate(int64_t tokens, int64_t heads, int64_t half, int dtype, Strided x, uintptr_t positions,
             uintptr_t cosines, uintptr_t sines, int64_t length, bool inverse, uintptr_t out, int num_threads) {
     const RopeProblem p{tokens, heads, half, dtype, at<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x),
@@ -190,6 +197,7 @@ void bind_ops(py::module_& m) {
     m.def("gae", &scan, release(), "Fills advantages and returns.");
     m.def("ppo_loss", &ppo, release(), "One half of the PPO loss: fills terms and grad.");
     m.def("embedding", &embedding, release(), "Rows by id, or the fp32 sum of their gradients.");
+    m.def("optim", &update, release(), "One pass over a table of parameters: see OptimKind. Returns a sum of squares, or 0.");
     m.def("rope", &rotate, release(), "Turns pairs of x by their position's angles, or back.");
     m.def("sample", &draw, release(), "A token a row: fills tokens and its two log-probabilities.");
     m.def("swiglu", &swiglu, release(), "silu(gate) * up, or dgate and dup.");

@@ -10,6 +10,7 @@
 #include "loss.h"
 #include "norm.h"
 #include "ppo_loss.h"
+#include "optim.h"
 #include "rope.h"
 #include "sample.h"
 #include "softmax.h"
@@ -29,6 +30,8 @@ struct Kernels {
     void (*norm_forward)(const NormProblem& problem, int64_t begin, int64_t end);
     // Adds to `dweight`, whose room is a whole number of registers.
     void (*norm_backward)(const NormProblem& problem, int64_t begin, int64_t end, float* dweight);
+    // Elements [begin, begin + count) of one array; returns the sum of squares of OPTIM_NORM.
+    double (*optim)(const OptimProblem& problem, const OptimSpan& span, int64_t begin, int64_t count);
     void (*rope)(const RopeProblem& problem, int64_t begin, int64_t end);
     void (*sample)(const SampleProblem& problem, int64_t begin, int64_t end, float* scratch);  // of sample_room floats
     void (*swiglu_forward)(const SwigluProblem& problem, int64_t begin, int64_t end);

@@ -23,8 +23,12 @@ class Linear(nn.Linear):
     """A linear map whose fp32 master weight is cast to the input's type for the product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self)[0]
+
+
+def linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Several linear maps of one input, as one product."""
+    return ops.linear(x, [l.weight for l in layers], [l.bias for l in layers if l.bias is not None])
 
 
 class RMSNorm(nn.Module):
@@ -62,9 +66,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         N = x.shape[0]
-        q = self.q_proj(x).view(N, self.heads, self.head_size)
-        k = self.k_proj(x).view(N, self.kv_heads, self.head_size)
-        v = self.v_proj(x).view(N, self.kv_heads, self.head_size)
+        q, k, v = (y.view(N, -1, self.head_size) for y in linear(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base is not None:
@@ -83,7 +85,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(M, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.swiglu(*linear(x, self.gate_proj, self.up_proj)))
 
 
 class GELU(nn.Module):

@@ -51,6 +51,17 @@ cache, lengths = k[None, :, :].expand(3, 90, 2, 40), torch.tensor([1, 33, 90]).i
 a = ops.attention_decode(q[:3], cache, cache, lengths)
 b = ops.attention_decode(q[:3].double(), cache.double(), cache.double(), lengths)
 torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+results = []
+for dtype in (torch.float32, torch.float64):
+    p, gradient, m, v = (t.to(dtype).clone() for t in (x, up, x * 0, x * 0))
+    ops.optim.adamw_([p], [gradient], [m], [v], 1, 0.1, (0.9, 0.95), 1e-8, 0.1, scale=0.5)
+    update = ops.optim.momentum_([gradient], [m], 0.9, dtype)
+    ops.optim.apply_([p], update, 0.9, 0.1)
+    rounded = ops.optim.momentum_([gradient], [m.clone()], 0.9, torch.bfloat16)
+    ops.optim.apply_([p], rounded, 0.9, 0.1)
+    results.append([t.double() for t in (p, m, v, update, torch.tensor(ops.optim.gradient_norm([p, gradient])))])
+for a, b in zip(*results):
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 """
 
 

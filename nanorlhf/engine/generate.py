@@ -35,6 +35,7 @@ def ragged(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu
 
 
 @torch.no_grad()
+@ops.weights_held()
 def generate(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, n: int = 1, stop: Sequence[int] = (),
              sampling: SamplingConfig = SamplingConfig(), seed: int = 0, batch: int = 384,
              on_token: Optional[Callable[[int, int], None]] = None) -> List[Completion]:

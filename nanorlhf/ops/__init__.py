@@ -1,10 +1,11 @@
 """The ops that the models and the training are made of: each one file with its contract, its torch reference, its
 gradient and its dispatch. backend.py knows what can run here."""
 
-from nanorlhf.ops import backend
+from nanorlhf.ops import backend, optim
 from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
+from nanorlhf.ops.linear import linear, weights_held
 from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logprobs
 from nanorlhf.ops.norm import rms_norm
 from nanorlhf.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
@@ -18,6 +19,7 @@ __all__ = [
     "attention_decode",
     "embedding",
     "gae",
+    "linear",
     "logits_logprobs",
     "next_token_positions",
     "positions_from_cu_seqlens",
@@ -30,4 +32,5 @@ __all__ = [
     "softmax",
     "swiglu",
     "token_logprobs",
+    "weights_held",
 ]
