@@ -90,20 +90,20 @@ void check_targets(const int64_t* targets, int64_t row_count, int64_t columns) {
 
 void loss(bool is_backward, int64_t row_count, int64_t columns, int64_t stride, int dtype, uintptr_t logits,
           uintptr_t targets, float temperature, uintptr_t logprob, uintptr_t entropy, uintptr_t lse,
-          uintptr_t logprob_grad, uintptr_t entropy_grad, int num_threads) {
+          uintptr_t logprob_grad, uintptr_t entropy_grad, uintptr_t lse_grad, int num_threads) {
     const LossProblem p{row_count, columns, stride, dtype, at<void>(logits), at<const int64_t>(targets), temperature,
                         at<float>(logprob), at<float>(entropy), at<double>(lse), at<const float>(logprob_grad),
-                        at<const float>(entropy_grad)};
+                        at<const float>(entropy_grad), at<const float>(lse_grad)};
     check_targets(p.targets, row_count, columns);
     (is_backward ? loss_backward : loss_forward)(p, num_threads);
 }
 
 void head(bool is_backward, int64_t row_count, int64_t vocabulary, int64_t dim, uintptr_t hidden, uintptr_t weight,
           uintptr_t targets, float temperature, uintptr_t logprob, uintptr_t entropy, uintptr_t lse, uintptr_t logprob_grad,
-          uintptr_t entropy_grad, uintptr_t dhidden, uintptr_t dweight, int num_threads) {
+          uintptr_t entropy_grad, uintptr_t lse_grad, uintptr_t dhidden, uintptr_t dweight, int num_threads) {
     const HeadProblem p{row_count, vocabulary, dim, at<const uint16_t>(hidden), at<const uint16_t>(weight),
                         at<const int64_t>(targets), temperature, at<float>(logprob), at<float>(entropy), at<double>(lse),
-                        at<const float>(logprob_grad), at<const float>(entropy_grad), at<float>(dhidden), at<float>(dweight)};
+                        at<const float>(logprob_grad), at<const float>(entropy_grad), at<const float>(lse_grad), at<float>(dhidden), at<float>(dweight)};
     check_targets(p.targets, row_count, vocabulary);
     (is_backward ? head_backward : head_forward)(p, num_threads);
 }

@@ -10,7 +10,7 @@ struct HeadProblem {
     float temperature;
     float *logprob, *entropy;           // (rows,); backward reads entropy
     double* lse;                        // (rows,); backward reads it
-    const float *logprob_grad, *entropy_grad;  // (rows,), backward only
+    const float *logprob_grad, *entropy_grad, *lse_grad;  // (rows,), backward only
     float *dhidden, *dweight;           // (head_padded(rows), dim) and (vocabulary, dim), backward only
     int64_t words = 0;                  // of the vocabulary that a task of the backward pass takes, a multiple of 32
 };

@@ -11,7 +11,7 @@ struct LossProblem {
     float temperature;
     float *logprob, *entropy;  // (rows,); backward reads entropy
     double* lse;               // (rows,); backward reads it. fp32 would lose e^(z - lse) where logits are large
-    const float *logprob_grad, *entropy_grad;  // (rows,), backward only
+    const float *logprob_grad, *entropy_grad, *lse_grad;  // (rows,), backward only
 };
 
 void loss_forward(const LossProblem& problem, int num_threads);

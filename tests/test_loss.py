@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nanorlhf.ops import logits_logprobs, next_token_positions, token_logprobs
+from nanorlhf.ops import cross_entropy, logits_logprobs, next_token_positions, token_logprobs
 from nanorlhf.ops.loss import logits_logprobs_reference
 from oracle import assert_earned, values_and_gradients
 
@@ -136,8 +136,34 @@ def test_the_ops_are_good_citizens_of_torch():
     ops = torch.ops.nanorlhf
     torch.library.opcheck(ops.token_logprobs_forward.default, (hidden, weight, targets, 0.8, False))
     logprobs, entropy, lse, kept = ops.token_logprobs_forward(hidden, weight, targets, 0.8, True)
-    given = (logprobs, entropy, hidden, weight, targets, entropy, lse, kept, 0.8)
+    given = (logprobs, entropy, entropy, hidden, weight, targets, entropy, lse, kept, 0.8)
     torch.library.opcheck(ops.token_logprobs_backward.default, given)
     logits = hidden @ weight.T
     torch.library.opcheck(ops.logits_logprobs_forward.default, (logits, targets, 0.8))
     torch.library.opcheck(ops.logits_logprobs_backward.default, (logprobs, entropy, logits, targets, entropy, lse, 0.8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_cross_entropy_is_torch_with_a_z_loss_and_the_ignored_rows_left_out(dtype, z_loss):
+    """The oracle is torch in fp64: F.cross_entropy with ignore_index, plus z_loss times the mean of logsumexp² (PaLM §5)."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(70, 64, generator=generator), 0.5 * torch.randn(90, 64, generator=generator)
+    targets = torch.randint(0, 90, (70,), generator=generator)
+    targets[::3] = -100
+    counted = targets != -100
+
+    def oracle(h, w):
+        logits = h @ w.T
+        z = logits.logsumexp(-1)[counted].square().mean()
+        return (torch.nn.functional.cross_entropy(logits, targets) + z_loss * z,)
+
+    assert_earned(lambda h, w: (cross_entropy(h, w, targets, z_loss=z_loss),), oracle, (hidden, weight), dtype)
+    leaf = hidden.to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(leaf, weight.to(dtype), targets, z_loss=z_loss), leaf)
+    assert not gradient[~counted].any() and gradient[counted].any(1).all()
+
+
+def test_cross_entropy_without_a_target_is_an_error():
+    with pytest.raises(ValueError, match="expected at least one target that counts, got none"):
+        cross_entropy(torch.ones(2, 8), torch.ones(4, 8), torch.full((2,), -100))

@@ -6,7 +6,7 @@ from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
 from nanorlhf.ops.linear import linear, weights_held
-from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logprobs
+from nanorlhf.ops.loss import cross_entropy, logits_logprobs, next_token_positions, token_logprobs
 from nanorlhf.ops.norm import rms_norm
 from nanorlhf.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
 from nanorlhf.ops.rope import positions_from_cu_seqlens, rope
@@ -17,6 +17,7 @@ from nanorlhf.ops.swiglu import swiglu
 __all__ = [
     "attention",
     "attention_decode",
+    "cross_entropy",
     "embedding",
     "gae",
     "linear",

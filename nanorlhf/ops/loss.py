@@ -52,12 +52,40 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     _validate("token_logprobs", hidden, targets, temperature)
+    return _head_outputs(hidden, weight, targets, temperature)[:2]
+
+
+def cross_entropy(hidden, weight, targets, z_loss=0.0, ignore_index=-100):
+    """The language-model loss: the mean over the counted tokens of −log p + z_loss · log² Z, with Z the softmax's denominator.
+
+    hidden: (N, C); weight: (V, C); targets: (N,) int64, ``ignore_index`` where a token does not count: such rows are left out
+    before the product. Returns a scalar, differentiable in hidden and weight. Source of the z-loss: Chowdhery et al.,
+    arXiv 2204.02311, §5. Raises ValueError as token_logprobs does, and when no token counts.
+
+    >>> round(cross_entropy(torch.ones(2, 8), torch.zeros(4, 8), torch.tensor([1, -100]), z_loss=0.1).item(), 4)
+    1.5785
+    """
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(f"cross_entropy: expected targets of shape ({hidden.shape[0]},), got {tuple(targets.shape)}")
+    counted = targets != ignore_index
+    if not counted.any():
+        raise ValueError("cross_entropy: expected at least one target that counts, got none")
+    if not counted.all():
+        hidden, targets = hidden[counted], targets[counted]
+    _validate("cross_entropy", hidden, targets, 1.0)
+    logprobs, _, lse = _head_outputs(hidden, weight, targets, 1.0)
+    return (z_loss * lse.square() - logprobs).mean() if z_loss else -logprobs.mean()
+
+
+def _head_outputs(hidden, weight, targets, temperature):
+    """(log-probs, entropy, log-sum-exp), each (N,)."""
     if not (backend.use_native("token_logprobs", hidden) and backend.use_native("token_logprobs", weight)):
         wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-        return logits_logprobs_reference(hidden.to(wide) @ weight.to(wide).T, targets, temperature)
+        logits = hidden.to(wide) @ weight.to(wide).T
+        return *logits_logprobs_reference(logits, targets, temperature), (logits / temperature).logsumexp(-1)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _TokenLogprobs.apply(hidden, weight, targets, temperature)
-    return _forward_op(hidden, weight, targets, temperature, False)[:2]
+    return _forward_op(hidden, weight, targets, temperature, False)[:3]
 
 
 def logits_logprobs(logits, targets, temperature=1.0):
@@ -93,11 +121,11 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropy, lse, logits = _forward_op(hidden, weight, targets, temperature, keep)
         ctx.save_for_backward(hidden, weight, targets, entropy, lse, logits)
         ctx.temperature = temperature
-        return logprobs, entropy
+        return logprobs, entropy, lse.float()
 
     @staticmethod
-    def backward(ctx, logprob_grad, entropy_grad):
-        dhidden, dweight = _backward_op(logprob_grad, entropy_grad, *ctx.saved_tensors, ctx.temperature)
+    def backward(ctx, *grads):
+        dhidden, dweight = _backward_op(*grads, *ctx.saved_tensors, ctx.temperature)
         return dhidden, dweight, None, None
 
 
@@ -114,12 +142,12 @@ class _LogitsLogprobs(torch.autograd.Function):
         return _logits_backward_op(logprob_grad, entropy_grad, *ctx.saved_tensors, ctx.temperature), None, None
 
 
-def _reduce(is_backward, logits, targets, temperature, logprobs, entropy, lse, logprob_grad, entropy_grad):
+def _reduce(is_backward, logits, targets, temperature, logprobs, entropy, lse, grads):
     """One native pass over contiguous logits. All vectors are contiguous slices of (N,)."""
     _C.loss(
         is_backward, logits.shape[0], logits.shape[1], logits.stride(0), backend.DTYPES[logits.dtype],
         logits.data_ptr(), targets.data_ptr(), temperature, logprobs.data_ptr(), entropy.data_ptr(), lse.data_ptr(),
-        logprob_grad.data_ptr(), entropy_grad.data_ptr(), torch.get_num_threads(),
+        *(g.data_ptr() for g in grads), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -134,19 +162,18 @@ def _fused(hidden):
     return hidden.dtype == torch.bfloat16 and hidden.shape[1] % 32 == 0 and _C.has_head()
 
 
-def _head(is_backward, hidden, weight, targets, temperature, logprobs, entropy, lse, logprob_grad, entropy_grad, grads):
+def _head(is_backward, hidden, weight, targets, temperature, logprobs, entropy, lse, grads, results):
     hidden, weight = (x.detach().to(torch.bfloat16).contiguous() for x in (hidden, weight))
     _C.head(
         is_backward, *hidden.shape[:1], *weight.shape, hidden.data_ptr(), weight.data_ptr(), targets.data_ptr(), temperature,
-        logprobs.data_ptr(), entropy.data_ptr(), lse.data_ptr(), logprob_grad.data_ptr(), entropy_grad.data_ptr(),
-        *(x.data_ptr() for x in grads), torch.get_num_threads(),
+        logprobs.data_ptr(), entropy.data_ptr(), lse.data_ptr(), *(x.data_ptr() for x in (*grads, *results)), torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _forward_cpu(hidden, weight, targets, temperature, keep):
     if _fused(hidden):
         logprobs, entropy, lse = _rows(hidden.shape[0])
-        _head(False, hidden, weight, targets.contiguous(), temperature, logprobs, entropy, lse, lse, lse, (lse, lse))
+        _head(False, hidden, weight, targets.contiguous(), temperature, logprobs, entropy, lse, (lse,) * 3, (lse,) * 2)
         return logprobs, entropy, lse, torch.empty(0, weight.shape[0])
     hidden, weight, targets = hidden.detach().float(), weight.detach().float(), targets.contiguous()
     logprobs, entropy, lse = _rows(hidden.shape[0])
@@ -155,17 +182,17 @@ def _forward_cpu(hidden, weight, targets, temperature, keep):
     buffer = None if keep else torch.empty(rows, weight.shape[0])
     for at in chunks:
         logits = torch.mm(hidden[at], weight.T, out=kept[at] if keep else buffer[: at.stop - at.start])
-        _reduce(False, logits, targets[at], temperature, logprobs[at], entropy[at], lse[at], lse, lse)
+        _reduce(False, logits, targets[at], temperature, logprobs[at], entropy[at], lse[at], (lse,) * 3)
     return logprobs, entropy, lse, kept
 
 
-def _backward_cpu(logprob_grad, entropy_grad, hidden, weight, targets, entropy, lse, kept, temperature):
-    logprob_grad, entropy_grad = logprob_grad.contiguous(), entropy_grad.contiguous()
+def _backward_cpu(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, entropy, lse, kept, temperature):
+    grads = [g.contiguous() for g in (logprob_grad, entropy_grad, lse_grad)]
     targets, dtypes = targets.contiguous(), (hidden.dtype, weight.dtype)
     if _fused(hidden):
         N, C = hidden.shape
         dhidden, dweight = torch.empty(-(-N // 128) * 128, C), torch.empty(weight.shape)
-        _head(True, hidden, weight, targets, temperature, lse, entropy, lse, logprob_grad, entropy_grad, (dhidden, dweight))
+        _head(True, hidden, weight, targets, temperature, lse, entropy, lse, grads, (dhidden, dweight))
         return dhidden[:N].to(dtypes[0]), dweight.to(dtypes[1])
     hidden, weight = hidden.detach().float(), weight.detach().float()
     dhidden, dweight = torch.empty(hidden.shape), torch.zeros(weight.shape)
@@ -175,7 +202,7 @@ def _backward_cpu(logprob_grad, entropy_grad, hidden, weight, targets, entropy, 
         logits = buffer[: at.stop - at.start]
         # A copy in the cache, so that a second backward finds the logits as they were.
         logits.copy_(kept[at]) if kept.shape[0] else torch.mm(hidden[at], weight.T, out=logits)
-        _reduce(True, logits, targets[at], temperature, lse, entropy[at], lse[at], logprob_grad[at], entropy_grad[at])
+        _reduce(True, logits, targets[at], temperature, lse, entropy[at], lse[at], [g[at] for g in grads])
         torch.mm(logits, weight, out=dhidden[at])  # the logits are their gradient now
         dweight.addmm_(logits.T, hidden[at])
     return dhidden.to(dtypes[0]), dweight.to(dtypes[1])
@@ -184,14 +211,14 @@ def _backward_cpu(logprob_grad, entropy_grad, hidden, weight, targets, entropy, 
 def _logits_forward_cpu(logits, targets, temperature):
     logits, targets = logits.contiguous(), targets.contiguous()
     logprobs, entropy, lse = _rows(logits.shape[0])
-    _reduce(False, logits, targets, temperature, logprobs, entropy, lse, lse, lse)
+    _reduce(False, logits, targets, temperature, logprobs, entropy, lse, (lse,) * 3)
     return logprobs, entropy, lse
 
 
 def _logits_backward_cpu(logprob_grad, entropy_grad, logits, targets, entropy, lse, temperature):
     grad = logits.clone(memory_format=torch.contiguous_format)
-    logprob_grad, entropy_grad = logprob_grad.contiguous(), entropy_grad.contiguous()
-    _reduce(True, grad, targets.contiguous(), temperature, lse, entropy, lse, logprob_grad, entropy_grad)
+    grads = logprob_grad.contiguous(), entropy_grad.contiguous(), torch.zeros_like(logprob_grad)
+    _reduce(True, grad, targets.contiguous(), temperature, lse, entropy, lse, grads)
     return grad
 
 
@@ -225,10 +252,10 @@ _forward_op = backend.define(
     ),
 )
 _backward_op = backend.define(
-    "token_logprobs_backward(Tensor logprob_grad, Tensor entropy_grad, Tensor hidden, Tensor weight, Tensor targets, "
+    "token_logprobs_backward(Tensor logprob_grad, Tensor entropy_grad, Tensor lse_grad, Tensor hidden, Tensor weight, Tensor targets, "
     "Tensor entropy, Tensor lse, Tensor kept, float temperature) -> (Tensor, Tensor)",
     _backward_cpu,
-    lambda logprob_grad, entropy_grad, hidden, weight, targets, entropy, lse, kept, temperature: (
+    lambda logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, entropy, lse, kept, temperature: (
         hidden.new_empty(hidden.shape),
         weight.new_empty(weight.shape),
     ),
