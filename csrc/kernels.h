@@ -3,6 +3,10 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "attention.h"
 #include "head.h"
 #include "loss.h"
@@ -17,7 +21,7 @@ struct Kernels {
     void (*attention_forward)(const AttentionTask& task, float* scratch);
     void (*attention_backward)(const AttentionTask& task, float* scratch);
     void (*attention_decode)(const DecodeProblem& problem, int64_t sequence, int64_t kv_head, float* scratch);
-    // scratch: a row of floats, for bf16.
+    // scratch: a row of floats.
     void (*softmax_forward)(const SoftmaxProblem& problem, int64_t begin, int64_t end, float* scratch);
     void (*softmax_backward)(const SoftmaxProblem& problem, int64_t begin, int64_t end);
     void (*loss_forward)(const LossProblem& problem, int64_t begin, int64_t end);
@@ -25,7 +29,9 @@ struct Kernels {
     void (*norm_forward)(const NormProblem& problem, int64_t begin, int64_t end);
     // Adds to `dweight`, whose room is a whole number of registers.
     void (*norm_backward)(const NormProblem& problem, int64_t begin, int64_t end, float* dweight);
-    void (*rope)(const RopeProblem& problem, int64_t begin, int64_t end);
+    void (*rope_forward)(const RopeProblem& problem, int64_t begin, int64_t end);
+    // Adds to `dweight`, laid out as RopeProblem's.
+    void (*rope_backward)(const RopeProblem& problem, int64_t begin, int64_t end, float* dweight);
     void (*swiglu_forward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_backward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     // Null where there are no products of bf16.

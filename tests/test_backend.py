@@ -32,6 +32,8 @@ cases = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w[0]), (x, w)),
     "rope": (lambda q: ops.rope(q, torch.arange(90)), (q,)),
     "swiglu": (ops.swiglu, (x, up)),
+    "add_rms_norm": (lambda x, up, w: sum(ops.add_rms_norm(x, up, w[0])), (x, up, w)),
+    "rope_qkv": (lambda q, k, w: torch.cat(ops.rope_qkv(q, k, k, torch.arange(90), 1e4, w[0, :40], w[1, :40]), 1), (q, k, w)),
 }
 def run(op, inputs, dtype):
     leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
@@ -41,6 +43,12 @@ def run(op, inputs, dtype):
 for name, (op, inputs) in cases.items():
     for a, b in zip(run(op, inputs, torch.float32), run(op, inputs, torch.float64)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()), msg=name)
+large = torch.randn(2, 3, 2**21, generator=g)  # written past the caches
+for dtype in (torch.float32, torch.bfloat16):
+    for op, inputs in ((ops.softmax, large[:1]), (ops.swiglu, large), (lambda x: ops.rms_norm(x, x[0]), large[:1])):
+        for a, b in zip(run(op, inputs, dtype), run(op, inputs.to(dtype), torch.float64)):
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 cache, lengths = k[None, :, :].expand(3, 90, 2, 40), torch.tensor([1, 33, 90]).int()
 a = ops.attention_decode(q[:3], cache, cache, lengths)
 b = ops.attention_decode(q[:3].double(), cache.double(), cache.double(), lengths)

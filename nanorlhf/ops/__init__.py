@@ -4,12 +4,13 @@ gradient and its dispatch. backend.py knows what can run here."""
 from nanorlhf.ops import backend
 from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.loss import logits_logprobs, next_token_positions, token_logprobs
-from nanorlhf.ops.norm import rms_norm
-from nanorlhf.ops.rope import positions_from_cu_seqlens, rope
+from nanorlhf.ops.norm import add_rms_norm, rms_norm
+from nanorlhf.ops.rope import positions_from_cu_seqlens, rope, rope_qkv
 from nanorlhf.ops.softmax import softmax
 from nanorlhf.ops.swiglu import swiglu
 
 __all__ = [
+    "add_rms_norm",
     "attention",
     "attention_decode",
     "logits_logprobs",
@@ -17,6 +18,7 @@ __all__ = [
     "positions_from_cu_seqlens",
     "rms_norm",
     "rope",
+    "rope_qkv",
     "softmax",
     "swiglu",
     "token_logprobs",
