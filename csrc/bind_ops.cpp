@@ -77,7 +77,8 @@ void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, in
 
 void softmax(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t dy,
              uintptr_t out, int num_threads) {
-    const SoftmaxProblem p{row_count, columns, dtype, at<const void>(x), at<const void>(dy), at<void>(out)};
+    const SoftmaxProblem p{row_count, columns, dtype, at<const void>(x), at<const void>(dy), at<void>(out),
+                           streams(row_count, columns, dtype, {{out, columns}})};
     (is_backward ? softmax_backward : softmax_forward)(p, num_threads);
 }
 
@@ -108,10 +109,12 @@ void head(bool is_backward, int64_t row_count, int64_t vocabulary, int64_t dim, 
     (is_backward ? head_backward : head_forward)(p, num_threads);
 }
 
-void norm(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t weight, float eps,
-          uintptr_t y, uintptr_t scale, uintptr_t dy, uintptr_t dx, uintptr_t dweight, int num_threads) {
-    const NormProblem p{row_count, columns, dtype, at<const void>(x), at<const float>(weight), eps, at<void>(y),
-                        at<float>(scale), at<const void>(dy), at<void>(dx), at<float>(dweight)};
+void norm(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t residual, uintptr_t weight,
+          float eps, uintptr_t y, uintptr_t total, uintptr_t scale, uintptr_t dy, uintptr_t dtotal, uintptr_t dx,
+          uintptr_t dweight, int num_threads) {
+    const NormProblem p{row_count, columns, dtype, at<const void>(x), at<const void>(residual), at<const float>(weight), eps,
+                        at<void>(y), at<void>(total), at<float>(scale), at<const void>(dy), at<const void>(dtotal),
+                        at<void>(dx), at<float>(dweight), streams(row_count, columns, dtype, {{is_backward ? dx : y, columns}})};
     (is_backward ? norm_backward : norm_forward)(p, num_threads);
 }
 
@@ -146,23 +149,30 @@ double update(int kind, int dtype, uintptr_t spans, int64_t count, double scale,
                   f(1 - beta2), f(root), f(eps)}, num_threads);
 }
 
-void rotate(int64_t tokens, int64_t heads, int64_t half, int dtype, Strided x, uintptr_t positions,
-            uintptr_t cosines, uintptr_t sines, int64_t length, bool inverse, uintptr_t out, int num_threads) {
-    const RopeProblem p{tokens, heads, half, dtype, at<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x),
-                        at<const int64_t>(positions), at<const float>(cosines), at<const float>(sines), inverse,
-                        at<void>(out)};
+using Heads = std::tuple<int64_t, Strided, Strided, Strided, uintptr_t>;  // heads, x, out, dout, weight
+
+RopeHeads rope_heads(const Heads& h) {
+    return {std::get<0>(h), rows(std::get<1>(h)), rows(std::get<2>(h)), rows(std::get<3>(h)), at<const float>(std::get<4>(h))};
+}
+
+void rotate(bool is_backward, int64_t tokens, int64_t half, int dtype, uintptr_t positions, uintptr_t cosines,
+            uintptr_t sines, int64_t length, float eps, const Heads& q, const Heads& k, uintptr_t dweight, int num_threads) {
+    const RopeProblem p{tokens, half, dtype, at<const int64_t>(positions), at<const float>(cosines), at<const float>(sines),
+                        eps, rope_heads(q), rope_heads(k), at<float>(dweight)};
     for (int64_t n = 0; n < tokens; ++n)
         if (p.positions[n] < 0 || p.positions[n] >= length)
             throw std::invalid_argument("rope: expected positions of at least 0, got " +
                                         std::to_string(p.positions[n]));
-    rope(p, num_threads);
+    (is_backward ? rope_backward : rope_forward)(p, num_threads);
 }
 
 void swiglu(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t gate, int64_t gate_stride,
             uintptr_t up, int64_t up_stride, uintptr_t dout, uintptr_t out, uintptr_t dgate, uintptr_t dup,
-            int num_threads) {
-    const SwigluProblem p{row_count, columns, dtype, at<const void>(gate), at<const void>(up), gate_stride,
-                          up_stride, at<const void>(dout), at<void>(out), at<void>(dgate), at<void>(dup)};
+            int64_t gradient_stride, int num_threads) {
+    const bool past = is_backward ? streams(row_count, columns, dtype, {{dgate, gradient_stride}, {dup, gradient_stride}})
+                                  : streams(row_count, columns, dtype, {{out, columns}});
+    const SwigluProblem p{row_count, columns, dtype, at<const void>(gate), at<const void>(up), gate_stride, up_stride,
+                          at<const void>(dout), at<void>(out), at<void>(dgate), at<void>(dup), gradient_stride, past};
     (is_backward ? swiglu_backward : swiglu_forward)(p, num_threads);
 }
 
@@ -193,12 +203,12 @@ void bind_ops(py::module_& m) {
     m.def("loss", &loss, release(), "Fills logprob, entropy and lse, or overwrites logits with their gradient.");
     m.def("has_head", &has_head, "Whether this CPU has `head`.");
     m.def("head", &head, release(), "The loss from hidden states and weight in bf16, or both gradients in fp32.");
-    m.def("norm", &norm, release(), "RMSNorm: fills y and scale, or dx and dweight.");
+    m.def("norm", &norm, release(), "RMSNorm: fills y, scale and, with a residual, total; or dx and dweight.");
     m.def("gae", &scan, release(), "Fills advantages and returns.");
     m.def("ppo_loss", &ppo, release(), "One half of the PPO loss: fills terms and grad.");
     m.def("embedding", &embedding, release(), "Rows by id, or the fp32 sum of their gradients.");
     m.def("optim", &update, release(), "One pass over a table of parameters: see OptimKind. Returns a sum of squares, or 0.");
-    m.def("rope", &rotate, release(), "Turns pairs of x by their position's angles, or back.");
     m.def("sample", &draw, release(), "A token a row: fills tokens and its two log-probabilities.");
+    m.def("rope", &rotate, release(), "Turns pairs of q and k, normalised where they have a weight, by their position's angles; or the gradients.");
     m.def("swiglu", &swiglu, release(), "silu(gate) * up, or dgate and dup.");
 }

@@ -3,6 +3,10 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "attention.h"
 #include "embedding.h"
 #include "gae.h"
@@ -22,7 +26,7 @@ struct Kernels {
     void (*attention_forward)(const AttentionTask& task, float* scratch);
     void (*attention_backward)(const AttentionTask& task, float* scratch);
     void (*attention_decode)(const DecodeProblem& problem, int64_t sequence, int64_t kv_head, float* scratch);
-    // scratch: a row of floats, for bf16.
+    // scratch: a row of floats.
     void (*softmax_forward)(const SoftmaxProblem& problem, int64_t begin, int64_t end, float* scratch);
     void (*softmax_backward)(const SoftmaxProblem& problem, int64_t begin, int64_t end);
     void (*loss_forward)(const LossProblem& problem, int64_t begin, int64_t end);
@@ -32,8 +36,10 @@ struct Kernels {
     void (*norm_backward)(const NormProblem& problem, int64_t begin, int64_t end, float* dweight);
     // Elements [begin, begin + count) of one array; returns the sum of squares of OPTIM_NORM.
     double (*optim)(const OptimProblem& problem, const OptimSpan& span, int64_t begin, int64_t count);
-    void (*rope)(const RopeProblem& problem, int64_t begin, int64_t end);
     void (*sample)(const SampleProblem& problem, int64_t begin, int64_t end, float* scratch);  // of sample_room floats
+    void (*rope_forward)(const RopeProblem& problem, int64_t begin, int64_t end);
+    // Adds to `dweight`, laid out as RopeProblem's.
+    void (*rope_backward)(const RopeProblem& problem, int64_t begin, int64_t end, float* dweight);
     void (*swiglu_forward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     void (*swiglu_backward)(const SwigluProblem& problem, int64_t begin, int64_t end);
     // [begin, end) are episodes, blocks of PPO_BLOCK tokens, tokens, rows of the weight.

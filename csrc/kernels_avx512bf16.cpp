@@ -2,8 +2,6 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
 #define ISA_LANES 16
 #define ISA_ROWS 16

@@ -8,6 +8,7 @@ struct SoftmaxProblem {
     const void* x;   // forward: input; backward: the forward's output y
     const void* dy;  // backward only
     void* out;       // forward: y; backward: dx = y * (dy - sum(y * dy))
+    bool streams;    // past the caches
 };
 
 void softmax_forward(const SoftmaxProblem& problem, int num_threads);

@@ -11,7 +11,9 @@ struct SwigluProblem {
     int64_t gate_stride, up_stride;
     const void* dout;  // backward only, contiguous
     void *out;         // forward, contiguous
-    void *dgate, *dup;  // backward, contiguous
+    void *dgate, *dup;  // backward
+    int64_t gradient_stride;  // of both
+    bool streams;  // past the caches
 };
 
 void swiglu_forward(const SwigluProblem& problem, int num_threads);

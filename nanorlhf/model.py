@@ -37,13 +37,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum."""
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps), x
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        x = x if residual is None else x + residual
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype), x
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -67,10 +71,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         N = x.shape[0]
         q, k, v = (y.view(N, -1, self.head_size) for y in linear(x, self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base is not None:
-            q, k = ops.rope(q, positions, self.rope_base), ops.rope(k, positions, self.rope_base)
+            weights = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm is not None else ()
+            q, k, v = ops.rope_qkv(q, k, v, positions, self.rope_base, *weights)
+        elif self.q_norm is not None:
+            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         return self.o_proj(attend(self.layer, q, k, v).reshape(N, -1))
 
 
@@ -108,9 +113,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = _norm(config)
         self.mlp = GELU(config) if config.variant == "gpt2" else SwiGLU(config)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, residual: Optional[Tensor], positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """(x, residual) → the same two after this block; their sum, the residual stream, is formed by the next norm."""
+        x, residual = self.input_layernorm(x, residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, positions, attend), residual)
+        return self.mlp(x), residual
 
 
 class Decoder(nn.Module):
@@ -173,9 +180,10 @@ class Model(nn.Module):
         x = ops.embedding(tokens, self.model.embed_tokens.weight, self.compute_dtype)
         if self.config.variant == "gpt2":
             x = x + ops.embedding(positions, self.model.embed_positions.weight, x.dtype)
+        residual = None
         for block in self.model.layers:
-            x = block(x, positions, attend)
-        return self.model.norm(x)
+            x, residual = block(x, residual, positions, attend)
+        return self.model.norm(x, residual)[0]
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """tokens (N,), cu_seqlens (B+1,) → hidden states after the last norm (N, C); causal within each sequence."""

@@ -14,7 +14,7 @@ from typing import Callable, get_type_hints
 
 import torch
 
-from . import _C, comparison, stages
+from . import comparison, stages
 from .checkpoint import FORMAT, StageState, write_json
 from .config import RunConfig
 from .data.corpus import Corpus
@@ -30,7 +30,6 @@ class Run:
         self.config, self.folder = config, Path(config.out)
         device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        _C.keep_freed_memory()
         self.metrics = MetricsLog(self.folder)
         self.notify = notify
         self.seconds_elsewhere = 0.0  # spent outside the stages: reading the corpus

@@ -36,6 +36,8 @@ cases = {
     "embedding": (lambda w: ops.embedding(targets, w), (w,)),
     "ppo_policy_loss": (lambda x: sum(ops.ppo_policy_loss(x[0], *up[:2].to(x), 0.2, up[2].to(x))), (x,)),
     "ppo_value_loss": (lambda x: sum(ops.ppo_value_loss(x[0], *up[:2].to(x), 0.2)), (x,)),
+    "add_rms_norm": (lambda x, up, w: sum(ops.add_rms_norm(x, up, w[0])), (x, up, w)),
+    "rope_qkv": (lambda q, k, w: torch.cat(ops.rope_qkv(q, k, k, torch.arange(90), 1e4, w[0, :40], w[1, :40]), 1), (q, k, w)),
 }
 def run(op, inputs, dtype):
     leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
@@ -47,6 +49,12 @@ for name, (op, inputs) in cases.items():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()), msg=name)
 for a, b in zip(*(ops.gae(*(t.T.flatten()[:90].to(d) for t in (x, up)), cu_seqlens, 0.99, 0.95) for d in (torch.float32, torch.float64))):
     torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
+large = torch.randn(2, 3, 2**21, generator=g)  # written past the caches
+for dtype in (torch.float32, torch.bfloat16):
+    for op, inputs in ((ops.softmax, large[:1]), (ops.swiglu, large), (lambda x: ops.rms_norm(x, x[0]), large[:1])):
+        for a, b in zip(run(op, inputs, dtype), run(op, inputs.to(dtype), torch.float64)):
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 cache, lengths = k[None, :, :].expand(3, 90, 2, 40), torch.tensor([1, 33, 90]).int()
 a = ops.attention_decode(q[:3], cache, cache, lengths)
 b = ops.attention_decode(q[:3].double(), cache.double(), cache.double(), lengths)

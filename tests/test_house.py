@@ -22,7 +22,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 STAGES = {"pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo", "best_of_n"}  # these never import one another
-NATIVE_ROOMS = {"ops", "tokenizer", "tokenizer_json", "pretokenize", "chat", "__init__", "run"}  # the only ones that touch _C and _cuda
+NATIVE_ROOMS = {"ops", "tokenizer", "tokenizer_json", "pretokenize", "chat", "__init__"}  # the only ones that touch _C and _cuda
 
 # A native file is tested under its own stem, or under that of the Python module which is its public face.
 FACES = {"bpe": "tokenizer", "merge": "tokenizer", "pretokenize": "tokenizer", "scan": "tokenizer", "split": "tokenizer", "isa": "backend"}

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from nanorlhf.ops import positions_from_cu_seqlens, rope
-from nanorlhf.ops.rope import rope_reference
+from nanorlhf.ops import positions_from_cu_seqlens, rope, rope_qkv
+from nanorlhf.ops.rope import rope_qkv_reference, rope_reference
 from oracle import assert_earned
 
 
@@ -57,6 +57,61 @@ def test_bad_arguments_are_named():
         rope(torch.zeros(2, 1, 4), torch.tensor([0, -1]))
 
 
-def test_the_op_is_a_good_citizen_of_torch():
-    args = (torch.randn(3, 2, 8), torch.arange(3), 1e4, False)
-    torch.library.opcheck(torch.ops.nanorlhf.rope.default, args)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("N", "H", "Hkv", "D"), [(1, 1, 1, 2), (5, 3, 1, 30), (300, 4, 2, 32), (9, 2, 2, 34), (40, 2, 1, 128), (0, 2, 1, 8)])
+def test_queries_and_keys_of_one_product_match_the_oracle(N, H, Hkv, D, normed, dtype):
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(0, 3000, (N,), generator=generator)
+    packed = torch.randn(N, (H + 2 * Hkv) * D, generator=generator)
+    weights = [torch.randn(D, generator=generator) for _ in range(2 * normed)]
+
+    def through(op):
+        def run(packed, *weights):
+            q, k, v = packed.unflatten(1, (-1, D)).split([H, Hkv, Hkv], 1)
+            return op(q, k, v, positions, 1e4, *weights)
+
+        return run
+
+    assert_earned(through(rope_qkv), through(rope_qkv_reference), (packed, *weights), dtype)
+
+
+def test_a_normalised_head_worked_by_hand():
+    """D = 2, a quarter turn: (3, 4) becomes sqrt(2)/5 (3, 4) · (5, 10) = sqrt(2) (3, 8), turned (-8, 3); a key without weight
+    in each place is as it was."""
+    x = torch.tensor([[[3.0, 4.0]]])
+    base_free = torch.tensor([1])
+    q, k, v = rope_qkv(x, x, x, base_free, q_weight=torch.tensor([5.0, 10.0]), k_weight=torch.ones(2), eps=0.0)
+    turned = [[math.cos(1), -math.sin(1)], [math.sin(1), math.cos(1)]]
+    expected = math.sqrt(2) * torch.tensor(turned) @ torch.tensor([3.0, 8.0])
+    torch.testing.assert_close(q[0, 0], expected)
+    torch.testing.assert_close(k[0, 0], math.sqrt(2) / 5 * torch.tensor(turned) @ torch.tensor([3.0, 4.0]))
+    assert v is x or torch.equal(v, x)
+
+
+def test_the_three_gradients_are_columns_of_one_array():
+    q, k, v = torch.randn(7, 4, 16), torch.randn(7, 2, 16), torch.randn(7, 2, 16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    outputs = rope_qkv(*leaves, torch.arange(7))
+    dq, dk, dv = torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs])
+    assert dq.stride() == dk.stride() == dv.stride() == (8 * 16, 16, 1)
+    assert dk.data_ptr() - dq.data_ptr() == 4 * 16 * 4 and dv.data_ptr() - dq.data_ptr() == 6 * 16 * 4
+
+
+def test_arguments_of_the_fused_op_are_named():
+    q, k = torch.zeros(2, 2, 4), torch.zeros(2, 1, 4)
+    with pytest.raises(ValueError, match=r"rope_qkv: expected q \(N, H, D\) and k, v \(N, Hkv, D\) of one dtype"):
+        rope_qkv(q, k, k.bfloat16(), torch.arange(2))
+    with pytest.raises(ValueError, match=r"rope_qkv: expected two weights of shape \(4,\) or none, got \[\(4,\)\]"):
+        rope_qkv(q, k, k, torch.arange(2), q_weight=torch.ones(4))
+    with pytest.raises(ValueError, match="rope: expected positions of at least 0, got -1"):
+        rope_qkv(q, k, k, torch.tensor([0, -1]))
+
+
+def test_the_ops_are_good_citizens_of_torch():
+    q, k, weight, positions = torch.randn(3, 2, 8), torch.randn(3, 1, 8), torch.randn(8), torch.arange(3)
+    torch.library.opcheck(torch.ops.nanorlhf.rope_forward.default, (q, k, positions, 1e4, weight, weight, 1e-5))
+    torch.library.opcheck(torch.ops.nanorlhf.rope_forward.default, (q, k, positions, 1e4, None, None, 1e-5))
+    backward = torch.ops.nanorlhf.rope_backward.default
+    torch.library.opcheck(backward, (q, k, k, positions, 1e4, q, k, weight, weight, 1e-5))
+    torch.library.opcheck(backward, (q, k, k, positions, 1e4, None, None, None, None, 1e-5))

@@ -34,6 +34,15 @@ def test_huge_equal_and_infinite_logits():
     assert softmax(torch.tensor([math.nan] + [0.0] * 40)).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_past_the_caches_is_the_same(dtype):
+    x = torch.randn(20, 2**20).to(dtype).requires_grad_()
+    y, plain = softmax(x), softmax_reference(x)
+    torch.testing.assert_close(y, plain, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+    gradients = [torch.autograd.grad(z, x, x.detach() * 1000)[0] for z in (y, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-5)
+
+
 def test_integers_are_refused():
     with pytest.raises(ValueError, match=r"softmax: expected x of shape \(\.\.\., V\) in floating point"):
         softmax(torch.arange(3))

@@ -36,6 +36,20 @@ def test_halves_of_one_product_need_no_copy():
     assert torch.equal(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
 
 
+def test_the_two_gradients_are_halves_of_one_array():
+    gate, up = (torch.randn(5, 20, requires_grad=True) for _ in range(2))
+    dgate, dup = torch.autograd.grad(swiglu(gate, up).sum(), (gate, up))
+    assert dgate.stride() == dup.stride() == (40, 1) and dup.data_ptr() - dgate.data_ptr() == 20 * 4
+
+
+def test_what_is_written_past_the_caches_is_the_same():
+    gate, up = (torch.randn(9, 2**20, requires_grad=True) for _ in range(2))
+    ours, plain = swiglu(gate, up), swiglu_reference(gate, up)
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(*(torch.autograd.grad(y, (gate, up), up) for y in (ours, plain)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"swiglu: expected gate and up of one shape \(N, F\) and dtype, got \(2, 3\)"):
         swiglu(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -7,14 +7,15 @@ from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
 from nanorlhf.ops.linear import linear, weights_held
 from nanorlhf.ops.loss import cross_entropy, logits_logprobs, next_token_positions, token_logprobs
-from nanorlhf.ops.norm import rms_norm
+from nanorlhf.ops.norm import add_rms_norm, rms_norm
 from nanorlhf.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
-from nanorlhf.ops.rope import positions_from_cu_seqlens, rope
+from nanorlhf.ops.rope import positions_from_cu_seqlens, rope, rope_qkv
 from nanorlhf.ops.sample import sample
 from nanorlhf.ops.softmax import softmax
 from nanorlhf.ops.swiglu import swiglu
 
 __all__ = [
+    "add_rms_norm",
     "attention",
     "attention_decode",
     "cross_entropy",
@@ -29,6 +30,7 @@ __all__ = [
     "reward_to_go",
     "rms_norm",
     "rope",
+    "rope_qkv",
     "sample",
     "softmax",
     "swiglu",

@@ -14,6 +14,11 @@ BACKENDS = ("auto", "cpu", "cuda", "reference")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the native code's names for them
 LIBRARY = torch.library.Library("nanorlhf", "FRAGMENT")
 
+# Large arrays come and go with every step: fresh from the system, each would have its pages zeroed again, which costs a row
+# softmax four fifths of its time, and torch's own ops as much. It holds for the whole process, so who has set malloc is heeded.
+if not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
+    _C.keep_freed_memory()
+
 _C.isa()  # an NANORLHF_ISA that cannot be had is an error now, not in the middle of a run
 
 _forced = "auto"

@@ -10,7 +10,8 @@ def swiglu(gate, up):
     """silu(gate) · up, with silu(g) = g / (1 + e⁻ᵍ).
 
     gate, up: (N, F), fp32 or bf16, alike; they may be the halves of one product. Returns (N, F). Differentiable in
-    both; the gradient recomputes the sigmoid, nothing is kept but the inputs. Raises ValueError unless they are alike.
+    both; the gradient recomputes the sigmoid, nothing is kept but the inputs, and its two halves
+    are those of one (N, 2F) array. Raises ValueError unless they are alike.
 
     >>> swiglu(torch.zeros(1, 2), torch.ones(1, 2)).tolist()
     [[0.0, 0.0]]
@@ -41,38 +42,40 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        return _backward_op(dout, *ctx.saved_tensors)
+        return _backward_op(dout, *ctx.saved_tensors).chunk(2, 1)
 
 
 def _rows(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _forward_cpu(gate, up):
+def _call(is_backward, gate, up, dout, out, dgate, dup, gradient_stride):
     gate, up = _rows(gate), _rows(up)
-    out = torch.empty(gate.shape, dtype=gate.dtype)
     _C.swiglu(
-        False, *gate.shape, backend.DTYPES[gate.dtype], gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
-        0, out.data_ptr(), 0, 0, torch.get_num_threads(),
+        is_backward, *gate.shape, backend.DTYPES[gate.dtype], gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
+        dout, out, dgate, dup, gradient_stride, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _forward_cpu(gate, up):
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    _call(False, gate, up, 0, out.data_ptr(), 0, 0, 0)
     return out
 
 
 def _backward_cpu(dout, gate, up):
-    dout, gate, up = dout.contiguous(), _rows(gate), _rows(up)
-    dgate, dup = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
-    _C.swiglu(
-        True, *gate.shape, backend.DTYPES[gate.dtype], gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
-        dout.data_ptr(), 0, dgate.data_ptr(), dup.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return dgate, dup
+    N, F = gate.shape
+    packed, dout = torch.empty((N, 2 * F), dtype=gate.dtype), dout.contiguous()
+    dgate, dup = packed.chunk(2, 1)
+    _call(True, gate, up, dout.data_ptr(), 0, dgate.data_ptr(), dup.data_ptr(), 2 * F)
+    return packed
 
 
 _forward_op = backend.define(
     "swiglu_forward(Tensor gate, Tensor up) -> Tensor", _forward_cpu, lambda gate, up: gate.new_empty(gate.shape)
 )
 _backward_op = backend.define(
-    "swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    "swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> Tensor",
     _backward_cpu,
-    lambda dout, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+    lambda dout, gate, up: gate.new_empty((gate.shape[0], 2 * gate.shape[1])),
 )
