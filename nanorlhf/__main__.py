@@ -36,7 +36,9 @@ def _run(default: RunConfig):
         if json_:
             print(json.dumps(report))
             return
-        CONSOLE.print(f"Done in {report['seconds']['total'] / 60:.1f} minutes. Report: {config.out}/report.html   "
+        peak = max((mib for mib in report.get("peak_mib", {}).values() if mib), default=None)
+        held = f", {peak:.0f} MiB of memory at most" if peak else ""
+        CONSOLE.print(f"Done in {report['seconds']['total'] / 60:.1f} minutes{held}. Report: {config.out}/report.html   "
                       f"Talk to it: nanorlhf chat {config.out}/ppo", markup=False, soft_wrap=True)
     return run
 

@@ -72,11 +72,12 @@ def report(run) -> dict:
     base = facts["base"]
     return {
         "preset": run.config.preset, "seed": run.config.seed, "seconds": seconds,
+        "peak_mib": {("pretrain" if stage == "base" else stage): f["peak_mib"] for stage, f in facts.items()},
         "tokenizer": {"bytes_per_token": facts["tokenizer"]["bytes_per_token"]},
         "pretrain": {key: base[key] for key in ("bpb", "tokens_per_s", "tokens", "parameters")},
         "xz_bpb": base["xz_bpb"],
         "sft": {key: facts["sft"][key] for key in ("response_bpb", "examples", "families")},
-        "reward": {k: v for k, v in facts["reward"].items() if k != "seconds"},
+        "reward": {k: v for k, v in facts["reward"].items() if k not in ("seconds", "peak_mib")},
         "ppo": {"kl": facts["ppo"].get("kl"), "score": facts["ppo"].get("score"), "entropy": compared.pop("entropy")},
         **compared,
         "data": run.corpus.data_card(base["epochs"]), "left_out": run.corpus.left_out,

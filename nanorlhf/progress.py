@@ -34,7 +34,8 @@ class Progress:
             return
         if row.get("end"):
             task = self.bars.tasks[self.tasks[name]]
-            self.bars.update(self.tasks[name], total=task.completed or 1, completed=task.completed or 1)
+            note = f"{row['peak_mib']:.0f} MiB at most" if row.get("peak_mib") else task.fields["note"]
+            self.bars.update(self.tasks[name], total=task.completed or 1, completed=task.completed or 1, note=note)
             return
         note = "  ".join(f"{key} {row[key]:.4g}" for key in _SHOWN.get(name, ()) if key in row)
         self.bars.update(self.tasks[name], completed=row["step"], total=row.get("steps"), note=note)

@@ -160,7 +160,10 @@ def machine_and_config(report: Mapping) -> str:
     seconds = at(report, "seconds", {})
     timed = [[stage, duration(seconds[stage])] for stage in (*STAGES, "total") if stage in seconds]
     timed += [[stage, duration(seconds[stage])] for stage in seconds if stage not in (*STAGES, "total")]
-    parts.append(html_table("Time of each stage", ["stage", "time"], timed) if timed else missing("stage times"))
+    peaks = at(report, "peak_mib", {})
+    timed = [[stage, time, number(peaks[stage]) if peaks.get(stage) else ""] for stage, time in timed]
+    shown = html_table("Time and memory of each stage", ["stage", "time", "MiB at most"], timed)
+    parts.append(shown if timed else missing("stage times"))
     for key, caption in (("machine", "Machine"), ("config", "Configuration, every resolved value")):
         values = _flat(at(report, key, {}))
         if not values:

@@ -71,7 +71,7 @@ class Run:
         return (self.folder / stage / "stage.json").is_file()
 
     def complete(self, stage: str, seconds: float, **facts) -> None:
-        write_json(self.folder / stage / "stage.json", {"seconds": seconds, **facts})
+        write_json(self.folder / stage / "stage.json", {"seconds": seconds, "peak_mib": peak_memory(), **facts})
         StageState(self.folder / stage / "state.safetensors").clear()
 
 
@@ -138,6 +138,17 @@ def machine() -> dict:
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
+def peak_memory(restart: bool = False) -> float | None:
+    """The most memory in MiB that this process held since the last restart of the count; None where Linux does not tell."""
+    try:
+        if restart:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
+
+
 def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] = lambda row: None) -> dict:
     """Every stage that is not complete, then the comparison and the report. Returns the report."""
     current = open_run(config, resume, notify)
@@ -146,8 +157,9 @@ def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] 
         for name, stage in stages.STAGES.items():
             if not current.done(name):
                 current.notify({"stage": name, "begin": True})
+                peak_memory(restart=True)
                 stage(current)
-                current.notify({"stage": name, "end": True})
+                current.notify({"stage": name, "end": True, "peak_mib": current.facts(name)["peak_mib"]})
     except ValueError:
         if not current.done("tokenizer"):  # text or settings that are refused leave no run in the way of the next try
             (current.folder / "run.json").unlink()

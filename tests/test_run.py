@@ -1,6 +1,7 @@
 """run.py: the whole recipe end to end, killed and resumed, and one sentence for what cannot be run."""
 
 import json
+import mmap
 import shutil
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from nanorlhf import run as room
 from nanorlhf.checkpoint import StageState
 from nanorlhf.config import PRESETS, RunConfig, preset
 from nanorlhf.report import validate
-from nanorlhf.run import from_dict, machine, open_run, run
+from nanorlhf.run import from_dict, machine, open_run, peak_memory, run
 
 STAGES = ["tokenizer", "base", "sft", "reward", "ppo"]
 
@@ -28,7 +29,7 @@ def copied(tiny_run, folder, without=()):
 def facts(folder, stage):
     """What a stage left behind that does not depend on the clock."""
     held = json.loads((folder / stage / "stage.json").read_text())
-    return {key: value for key, value in held.items() if key not in ("seconds", "tokens_per_s")}
+    return {key: value for key, value in held.items() if key not in ("seconds", "tokens_per_s", "peak_mib")}
 
 
 def rows(folder, stage):
@@ -61,6 +62,19 @@ def test_the_total_is_the_wall_clock_up_to_the_writing_of_the_report(tiny_run):
     assert tiny_run.notes[-1] == {"stage": "comparison", "begin": True}
     assert total == pytest.approx(tiny_run.times[-1] + comparison, rel=0.03, abs=0.2)
     assert sum(seconds.values()) <= total
+
+
+def test_the_report_has_the_memory_of_each_stage(tiny_run):
+    """A Python with torch holds a few hundred MiB; the tiny model adds little. The count starts again with each stage."""
+    peaks = tiny_run.report["peak_mib"]
+    assert set(peaks) == {"tokenizer", "pretrain", "sft", "reward", "ppo"}
+    assert all(50 < mib < 8000 for mib in peaks.values())
+    before = peak_memory(restart=True)
+    with mmap.mmap(-1, 300 << 20) as held:
+        for page in range(0, 300 << 20, 4096):
+            held[page] = 1
+    assert peak_memory() > before + 290  # the highest counts, not what is there now
+    assert peak_memory(restart=True) < before + 100
 
 
 def test_each_stage_of_a_tiny_run_improves_its_own_number(tiny_run):
