@@ -219,7 +219,7 @@ def compare(train, valid, seeds, peers):
             rows.append({"name": name, "seed": seed, "seconds": seconds, "loss": loss, "reached": loss <= TARGET})
             print(f"{name:18} seed {seed}  {seconds:7.2f} s  {loss:.4f} nats per character", flush=True)
     median = {name: statistics.median(row["seconds"] for row in rows if row["name"] == name) for name in runs}
-    best = min(name for name in median if name != "nanorlhf" and median[name] == min(v for k, v in median.items() if k != "nanorlhf"))
+    best = min((name for name in runs if name != "nanorlhf"), key=median.get)
     ratio = median[best] / median["nanorlhf"]
     print(f"median {median['nanorlhf']:.2f} s against {median[best]:.2f} s of {best}: {ratio:.1f} times faster")
     return {"machine": machine(), "rows": rows, "median_s": median, "times_faster": ratio}
