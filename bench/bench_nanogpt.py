@@ -4,8 +4,9 @@
 
 The peer is nanoGPT's own CPU configuration, restated below in plain torch: ``eager`` as it is run there, ``compiled`` with
 torch.compile and fused AdamW on top. Ours is any GPT, tokenizer and optimiser of the package, on the same split: the first 90 % of
-the characters train, tokenizer included, the rest validates. Both sides train for a fixed number of steps, and the loss after the
-last has to be at most the target with every seed.
+the characters train, tokenizer included, the rest validates. Both sides train for a fixed number of steps and are clocked over all of
+them. Our loss after the last has to be at most the target with every seed; the peer's 2000 steps count as they are, though with some
+seeds they end a little above it.
 
 Clocked: all that depends on the data, from the text to the last step (vocabulary or tokenizer, encoding, training; on our side the
 new model too). Not clocked, on either side: one forward and backward pass that compiles and warms up, and the evaluation. It is one
@@ -38,10 +39,13 @@ from timing import machine
 TARGET = 1.88  # nats per character
 SHA256, VARIABLE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", "NANORLHF_SHAKESPEARE"
 
-# Ours, found by experiment: small models, wide vocabularies and high rates win, and a second layer is nearly a tie.
-STEPS, ROWS, T = 110, 16, 64
-CONFIG = ModelConfig(vocab_size=1536, hidden_size=128, layers=1, heads=2, kv_heads=2, head_size=64, intermediate_size=512, context=T + 1)
-OPTIM = OptimConfig(lr=0.045, muon_lr=0.1, momentum=0.85, weight_decay=0.05, warmup=0.03, decay=1.0, final=0.0)
+# Ours, found by experiment. It is no narrow optimum: 1 layer takes a quarter less time and 128 channels a quarter more, a vocabulary of
+# 1024 or 3072 about as long; the high decay counts most, then the high rate of embedding and output, each with its own matrix.
+STEPS, ROWS, T = 42, 32, 32  # T tokens are about 100 characters, the peer's context 64
+CONFIG = ModelConfig(
+    vocab_size=2048, hidden_size=96, layers=2, heads=3, kv_heads=3, head_size=32, intermediate_size=384, context=T + 1, tied=False
+)
+OPTIM = OptimConfig(lr=0.08, muon_lr=0.08, momentum=0.75, weight_decay=1.5, warmup=0.03, decay=1.0, final=0.1)
 DTYPE = torch.bfloat16
 
 # nanoGPT's, as its README gives them for a CPU; the rest are its defaults.
@@ -156,14 +160,11 @@ def our_trainer(model):
     return update
 
 
-def shuffled(tokens, seed):
-    """Batches (ROWS, T + 1) without end: in each pass, windows that tile the text from a random start, in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        windows = tokens[int(torch.randint(T, (), generator=generator)) :].unfold(0, T + 1, T)
-        for numbers in torch.randperm(len(windows), generator=generator).split(ROWS):
-            if len(numbers) == ROWS:
-                yield windows[numbers]
+def batches(tokens, seed):
+    """STEPS batches (ROWS, T + 1), in random order, of windows that start at even distances: a part of the text, but of all of it."""
+    starts = torch.arange(STEPS * ROWS) * (len(tokens) - T - 1) // (STEPS * ROWS)
+    order = torch.randperm(STEPS * ROWS, generator=torch.Generator().manual_seed(seed))
+    return tokens.unfold(0, T + 1, 1)[starts[order]].split(ROWS)
 
 
 def run_ours(train, valid, seed):
@@ -174,9 +175,9 @@ def run_ours(train, valid, seed):
     tokenizer = Tokenizer.train([train], CONFIG.vocab_size)
     tokens = torch.from_numpy(tokenizer.encode_batch([train])[0]).long()
     model = Model(CONFIG, dtype=DTYPE, seed=seed)
-    update, batches = our_trainer(model), shuffled(tokens, seed)
-    for step in range(STEPS):
-        update(step, next(batches))
+    update = our_trainer(model)
+    for step, rows in enumerate(batches(tokens, seed)):
+        update(step, rows)
     seconds = time.perf_counter() - start
 
     held_out = torch.from_numpy(tokenizer.encode_batch([valid])[0]).long()
@@ -218,7 +219,7 @@ def compare(train, valid, seeds, peers):
             rows.append({"name": name, "seed": seed, "seconds": seconds, "loss": loss, "reached": loss <= TARGET})
             print(f"{name:18} seed {seed}  {seconds:7.2f} s  {loss:.4f} nats per character", flush=True)
     median = {name: statistics.median(row["seconds"] for row in rows if row["name"] == name) for name in runs}
-    best = min(name for name in median if name != "nanorlhf" and median[name] == min(v for k, v in median.items() if k != "nanorlhf"))
+    best = min((name for name in runs if name != "nanorlhf"), key=median.get)
     ratio = median[best] / median["nanorlhf"]
     print(f"median {median['nanorlhf']:.2f} s against {median[best]:.2f} s of {best}: {ratio:.1f} times faster")
     return {"machine": machine(), "rows": rows, "median_s": median, "times_faster": ratio}
