@@ -25,7 +25,7 @@ from nanorlhf.model import Model
 assert _C.isa() == sys.argv[1]
 ops.backend.deterministic(sys.argv[2] == "on")
 torch.manual_seed(0)
-LENGTHS = [1, 14, 30, 31, 33, 60, 124, 128, 250, 257]
+LENGTHS = [1, 14, 30, 31, 33, 60, 124, 128, 252, 257]
 SHAPE = dict(vocab_size=333, layers=2, context=300, intermediate_size=100)
 MODELS = [
     dict(hidden_size=64, heads=4, kv_heads=2, head_size=32),
@@ -45,21 +45,19 @@ for config in MODELS:
             p.data += 0.1 * torch.randn(p.shape)  # norms and biases are something too
         prompts = [torch.randint(0, 333, (n,)).tolist() for n in LENGTHS]
         seen = {}
-        for threads in (1, 2, 3):
+        for threads, batch in [(1, 1), (1, 3), (1, 10), (2, 10), (3, 7)]:
             torch.set_num_threads(threads)
-            for batch in (1, 3, 10):
-                drawn = generate(net, prompts, 12, sampling=SamplingConfig(0.7), seed=5, batch=batch)
-                seen[threads, batch] = [(c.ids, c.logprobs) for c in drawn]
+            drawn = generate(net, prompts, 6, sampling=SamplingConfig(0.7), seed=5, batch=batch)
+            seen[threads, batch] = [(c.ids, c.logprobs) for c in drawn]
         first = seen[1, 1]
         assert all(other == first for other in seen.values()), "decoding depends on its batch"
         whole = [p + ids for p, (ids, _) in zip(prompts, first)]
-        for threads in (1, 2, 3):
+        for threads, order in [(1, [[i] for i in range(10)]), (2, [list(range(10))]), (3, [[7, 2, 9, 0], [5, 5, 1], [8, 6, 4, 3]])]:
             torch.set_num_threads(threads)
-            for order in ([[i] for i in range(10)], [list(range(10))], [[7, 2, 9, 0], [5, 5, 1], [8, 6, 4, 3]]):
-                for rows in order:
-                    for i, found in zip(rows, logprobs(net, [whole[i] for i in rows], threads == 2)):
-                        reported = torch.tensor(first[i][1])
-                        assert torch.equal(found[len(prompts[i]) - 1:], reported), (config, dtype, threads, rows, i)
+            for rows in order:
+                for i, found in zip(rows, logprobs(net, [whole[i] for i in rows], threads == 2)):
+                    reported = torch.tensor(first[i][1])
+                    assert torch.equal(found[len(prompts[i]) - 1:], reported), (config, dtype, threads, rows, i)
 """
 
 
@@ -103,6 +101,7 @@ def test_training_learns_as_it_does_without(deterministic):
     gradients = []
     for on in (True, False):
         backend.deterministic(on)
+        torch.manual_seed(0)  # which biases start from
         net = model(1, variant="gpt2", qk_norm=False)
         net.logprobs(*ragged([[1, 2, 3, 4], [5, 6, 7]]))[0].sum().backward()
         gradients.append([p.grad for p in net.parameters()])
