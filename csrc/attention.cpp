@@ -50,6 +50,22 @@ int64_t longest(const AttentionProblem& p) {
     return padded(length);
 }
 
+// The heads that share keys are the queries of one tile; a query's place in its tile changes nothing.
+void decode_as_forward(const DecodeProblem& p, int64_t sequence, int64_t kv_head, float* scratch) {
+    const int64_t group = p.heads / p.kv_heads, first = kv_head * group, size = p.dtype == FLOAT32 ? 4 : 2;
+    const auto at = [&](const void* data, int64_t element) { return static_cast<char*>(const_cast<void*>(data)) + element * size; };
+    const auto row = [&](const Rows& x) {
+        return Rows{at(x.data, sequence * x.token_stride + first * x.head_stride), x.head_stride, 0};
+    };
+    std::vector<double> lse(static_cast<size_t>(group));  // not wanted
+    AttentionProblem one{};
+    one.heads = one.kv_heads = 1, one.head_dim = p.head_dim, one.scale = p.scale, one.dtype = p.dtype, one.lse = lse.data();
+    one.q = row(p.q), one.out = row(p.out);
+    one.k = {at(p.k, sequence * p.k_batch + kv_head * p.k_head), p.k_token, 0};
+    one.v = {at(p.v, sequence * p.v_batch + kv_head * p.v_head), p.v_token, 0};
+    kernels().attention_forward({&one, 0, p.lengths[sequence], 0, 0, group}, scratch);
+}
+
 }  // namespace
 
 void attention_forward(const AttentionProblem& p, int num_threads) {
@@ -62,14 +78,16 @@ void attention_backward(const AttentionProblem& p, int num_threads) {
         attention_backward_scratch(longest(p), padded(p.head_dim)), num_threads);
 }
 
-void attention_decode(const DecodeProblem& p, int num_threads) {
+void attention_decode(const DecodeProblem& p, bool as_forward, int num_threads) {
     int64_t length = 0;
     for (int64_t b = 0; b < p.batch; ++b) length = std::max<int64_t>(length, p.lengths[b]);
     const int64_t count = p.batch * p.kv_heads;
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), std::max<int64_t>(count, 1)));
-    Scratch scratch(threads, padded(length) + 16 * padded(p.head_dim));
+    const int64_t dim = padded(p.head_dim);
+    Scratch scratch(threads, as_forward ? attention_forward_scratch(padded(length), dim) : padded(length) + 16 * dim);
     const Kernels& table = kernels();
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count * length > 4096)
     for (int64_t i = 0; i < count; ++i)
-        table.attention_decode(p, i / p.kv_heads, i % p.kv_heads, scratch.slice(omp_get_thread_num()));
+        (as_forward && p.lengths[i / p.kv_heads] ? decode_as_forward : table.attention_decode)(
+            p, i / p.kv_heads, i % p.kv_heads, scratch.slice(omp_get_thread_num()));
 }

@@ -57,4 +57,5 @@ constexpr int64_t attention_backward_scratch(int64_t length, int64_t dim) {
 
 void attention_forward(const AttentionProblem& problem, int num_threads);
 void attention_backward(const AttentionProblem& problem, int num_threads);
-void attention_decode(const DecodeProblem& problem, int num_threads);
+// as_forward: with the bits that attention_forward gives a sequence's last query, by its kernel; slower.
+void attention_decode(const DecodeProblem& problem, bool as_forward, int num_threads);

@@ -61,7 +61,7 @@ void backward(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads
 using Cache = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, batch, token and head stride
 
 void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, uintptr_t lengths,
-            float scale, int dtype, Strided q, Strided out, Cache k, Cache v, int num_threads) {
+            float scale, int dtype, Strided q, Strided out, Cache k, Cache v, bool as_forward, int num_threads) {
     DecodeProblem p{};
     p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
     p.lengths = at<const int32_t>(lengths), p.scale = scale, p.dtype = dtype, p.q = rows(q), p.out = rows(out);
@@ -72,7 +72,7 @@ void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, in
         if (p.lengths[b] < 0 || p.lengths[b] > capacity)
             throw std::invalid_argument("attention_decode: expected lengths in [0, Tmax = " +
                                         std::to_string(capacity) + "], got " + std::to_string(p.lengths[b]));
-    attention_decode(p, num_threads);
+    attention_decode(p, as_forward, num_threads);
 }
 
 void softmax(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t dy,
@@ -107,6 +107,12 @@ void head(bool is_backward, int64_t row_count, int64_t vocabulary, int64_t dim, 
                         at<const float>(logprob_grad), at<const float>(entropy_grad), at<const float>(lse_grad), at<float>(dhidden), at<float>(dweight)};
     check_targets(p.targets, row_count, vocabulary);
     (is_backward ? head_backward : head_forward)(p, num_threads);
+}
+
+void product(int64_t row_count, int64_t columns, int64_t depth, int dtype, int out_dtype, uintptr_t x, uintptr_t weight,
+             uintptr_t bias, uintptr_t out, int num_threads) {
+    matmul({row_count, columns, depth, dtype, out_dtype, at<const void>(x), at<const void>(weight), at<const float>(bias),
+            at<void>(out)}, num_threads);
 }
 
 void norm(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t residual, uintptr_t weight,
@@ -204,6 +210,7 @@ void bind_ops(py::module_& m) {
     m.def("has_head", &has_head, "Whether this CPU has `head`.");
     m.def("head", &head, release(), "The loss from hidden states and weight in bf16, or both gradients in fp32.");
     m.def("norm", &norm, release(), "RMSNorm: fills y, scale and, with a residual, total; or dx and dweight.");
+    m.def("matmul", &product, release(), "x w^T + bias with one order of summation: fills out.");
     m.def("gae", &scan, release(), "Fills advantages and returns.");
     m.def("ppo_loss", &ppo, release(), "One half of the PPO loss: fills terms and grad.");
     m.def("embedding", &embedding, release(), "Rows by id, or the fp32 sum of their gradients.");

@@ -12,6 +12,7 @@
 #include "gae.h"
 #include "head.h"
 #include "loss.h"
+#include "matmul.h"
 #include "norm.h"
 #include "ppo_loss.h"
 #include "optim.h"
@@ -47,6 +48,7 @@ struct Kernels {
     void (*ppo_loss)(const PpoLossProblem& problem, int64_t begin, int64_t end);
     void (*embedding_forward)(const EmbeddingProblem& problem, int64_t begin, int64_t end);
     void (*embedding_backward)(const EmbeddingProblem& problem, int64_t begin, int64_t end);
+    void (*matmul)(const MatmulProblem& problem, const MatmulTask& task, float* scratch);
     // Null where there are no products of bf16.
     void (*head_forward)(const HeadProblem& problem, int64_t begin, int64_t end, float* scratch);
     HeadRows (*head_pack)(const HeadProblem& problem, uint16_t* memory);

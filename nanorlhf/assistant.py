@@ -10,6 +10,7 @@ from .checkpoint import load_model
 from .engine import Completion, SamplingConfig, generate
 from .engine.generate import ragged
 from .model import Model
+from .ops import backend
 from .tokenizer import Tokenizer
 
 Message = dict  # {"role": "user" | "assistant" | "system", "content": str}
@@ -70,11 +71,14 @@ class Assistant:
                 if i not in special and wanted in self.tokenizer.decode_bytes([i])]
 
 
-def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Assistant:
-    """The assistant of a stage's folder, for example ``runs/first/ppo``.
+def load(path: str | Path, device: str = "auto", dtype: str = "auto", deterministic: bool = False) -> Assistant:
+    """The assistant of a stage's folder, for example ``runs/first/ppo``. deterministic: turns ``ops.backend.deterministic`` on,
+    for the whole process.
 
     Errors: ValueError, in one sentence, for a folder without a model or of another version.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if deterministic:
+        backend.deterministic(True)
     return Assistant(load_model(Path(path), dtype, device), Tokenizer.load(path))

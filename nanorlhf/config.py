@@ -146,6 +146,7 @@ class RunConfig:
     preset: str = "laptop"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; master weights stay float32
     device: str = "auto"
+    deterministic: bool = False  # a token's log-prob is the same bits in rollouts and in training: ops.backend.deterministic
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -102,7 +102,17 @@ class GELU(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(gelu(self.up_proj(x)))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU's tanh form. torch's kernel rounds an element by where it stands in the batch, so the deterministic one is x · σ(z) with
+    z = x · slope, as SwiGLU's silu(z) / slope."""
+    if not ops.backend.is_deterministic():
+        return F.gelu(x, approximate="tanh")
+    wide = x.float()
+    slope = math.sqrt(8 / math.pi) * (1 + 0.044715 * wide * wide)
+    return ops.swiglu(wide * slope, 1 / slope).to(x.dtype)
 
 
 class Block(nn.Module):

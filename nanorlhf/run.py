@@ -19,6 +19,7 @@ from .checkpoint import FORMAT, StageState, write_json
 from .config import RunConfig
 from .data.corpus import Corpus
 from .metrics import MetricsLog
+from .ops import backend
 from .report import write_report
 from .tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class Run:
         self.config, self.folder = config, Path(config.out)
         device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        backend.deterministic(config.deterministic)
         self.metrics = MetricsLog(self.folder)
         self.notify = notify
         self.seconds_elsewhere = 0.0  # spent outside the stages: reading the corpus
@@ -83,6 +85,8 @@ def open_run(config: RunConfig, resume: bool = False, notify: Callable[[dict], N
     """
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {config.device} is asked for, but torch finds no CUDA device here")
+    if config.deterministic and config.device != "cpu" and (config.device != "auto" or torch.cuda.is_available()):
+        raise ValueError(f"deterministic needs the CPU kernels: ask for device cpu instead of {config.device}")
     path = Path(config.out) / "run.json"
     if path.is_file():
         held = json.loads(path.read_text())

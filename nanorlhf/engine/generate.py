@@ -73,11 +73,17 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
     if n > 1:  # the prompt is run once for all of its continuations
         cache.select(requests // n)
         hidden = hidden[requests // n]
-    weight = model.head_weight.to(hidden.dtype).float()  # logits in fp32, as the training's loss has them
+    fixed = ops.backend.is_deterministic()
+    policy = fixed and sampling.temperature > 0 and (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1, 0)  # no filter
+    weight = model.head_weight.to(hidden.dtype)  # logits in fp32, as the training's loss has them
+    weight = weight if fixed else weight.float()
     room = [min(max_new_tokens, model.config.context - len(p)) for p in prompts for _ in range(n)]
     for step in range(max_new_tokens):
-        drawn, logprobs, _ = ops.sample(hidden.float() @ weight.T, seed, requests + first, torch.full_like(requests, step),
+        logits = ops.matmul(hidden, weight, dtype=torch.float32) if fixed else hidden.float() @ weight.T
+        drawn, logprobs, _ = ops.sample(logits, seed, requests + first, torch.full_like(requests, step),
                                         sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        if policy:  # to the last bit what training will find
+            logprobs = ops.token_logprobs(hidden, model.head_weight, drawn, sampling.temperature)[0]
         alive = _record(results, room, first, requests.tolist(), drawn.tolist(), logprobs.tolist(), stop, on_token)
         if not alive:
             return

@@ -7,6 +7,7 @@ from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
 from nanorlhf.ops.linear import linear, weights_held
 from nanorlhf.ops.loss import cross_entropy, logits_logprobs, next_token_positions, token_logprobs
+from nanorlhf.ops.matmul import matmul
 from nanorlhf.ops.norm import add_rms_norm, rms_norm
 from nanorlhf.ops.ppo_loss import ppo_policy_loss, ppo_value_loss
 from nanorlhf.ops.rope import positions_from_cu_seqlens, rope, rope_qkv
@@ -23,6 +24,7 @@ __all__ = [
     "gae",
     "linear",
     "logits_logprobs",
+    "matmul",
     "next_token_positions",
     "positions_from_cu_seqlens",
     "ppo_policy_loss",

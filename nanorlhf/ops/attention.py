@@ -61,7 +61,7 @@ def attention_decode(q, k_cache, v_cache, lengths, scale=None):
     """Attention of one new query per sequence over a cache of keys and values.
 
     q: (B, H, D). k_cache, v_cache: (B, Tmax, Hkv, D), any stride but the last. lengths: (B,) int32, how many keys of
-    the cache are valid; a sequence with none gets zeros. Returns (B, H, D). No gradient.
+    the cache are valid; a sequence with none gets zeros. Returns (B, H, D), with the bits of ``attention`` where backend.deterministic is on. No gradient.
     Raises ValueError for shapes or dtypes that do not fit together, or lengths outside [0, Tmax].
 
     >>> cache = torch.randn(2, 8, 1, 4)
@@ -151,7 +151,7 @@ def _decode_cpu(q, k_cache, v_cache, lengths, scale):
     _C.attention_decode(
         q.shape[0], q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1], lengths.data_ptr(), scale,
         backend.DTYPES[q.dtype], _rows(q), _rows(out), (k_cache.data_ptr(), *k_cache.stride()[:3]),
-        (v_cache.data_ptr(), *v_cache.stride()[:3]), torch.get_num_threads(),
+        (v_cache.data_ptr(), *v_cache.stride()[:3]), backend.is_deterministic(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

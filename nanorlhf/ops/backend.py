@@ -21,7 +21,7 @@ if not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
 
 _C.isa()  # an NANORLHF_ISA that cannot be had is an error now, not in the middle of a run
 
-_forced = "auto"
+_forced, _deterministic = "auto", False
 
 
 def force(name):
@@ -40,6 +40,27 @@ def force(name):
 
 
 force(os.environ.get("NANORLHF_BACKEND") or "auto")
+
+
+def deterministic(on):
+    """Whether a token's log-prob has to be the same bits in prefill, decode and training, whatever the batch around it and
+    whatever the number of threads, for the whole process; returns the setting before.
+
+    While it is on, products forward are ops.matmul's and decoding attends as training does; with no filter the engine reports
+    the log-probs that ops.token_logprobs gives. The promise is for one instruction set, and for forward passes: gradients are
+    torch's products. An op that has no CPU kernel for its input raises ValueError.
+
+    >>> before = deterministic(True)
+    >>> deterministic(before), is_deterministic() == before
+    (True, True)
+    """
+    global _deterministic
+    before, _deterministic = _deterministic, bool(on)
+    return before
+
+
+def is_deterministic():
+    return _deterministic
 
 
 def runnable(backend, device, dtype):
@@ -62,8 +83,12 @@ def runnable(backend, device, dtype):
 def use_native(op, x):
     """Whether ``op`` on a tensor like ``x`` runs natively (else its torch reference).
 
-    Raises ValueError if a forced backend cannot run.
+    Raises ValueError if a forced backend cannot run, or the reference would where ``deterministic`` is on.
     """
+    if _deterministic:
+        ok, reason = (False, "NANORLHF_BACKEND=reference") if _forced == "reference" else runnable("cpu", x.device, x.dtype)
+        if not ok:
+            raise ValueError(f"{op}: deterministic needs the CPU kernels, and they cannot run here: {reason}")
     if _forced == "auto":
         return x.device.type == "cpu" and x.dtype in DTYPES
     if _forced == "reference":

@@ -1,4 +1,5 @@
-"""Linear maps whose fp32 master weights are cast to the input's type, several of one input as one product. Plain torch."""
+"""Linear maps whose fp32 master weights are cast to the input's type, several of one input as one product. Plain torch, but
+for the forward product where backend.deterministic is on."""
 
 import threading
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf.ops import backend
+from nanorlhf.ops.matmul import matmul
 
 
 _held = threading.local()  # its casts: {(dtype, ids of the weights): (the weights, which keeps their ids theirs, their cast)}
@@ -53,6 +55,8 @@ def linear_reference(x, weights, biases=()):
 
 
 def _product(x, rows, biases, sizes):
+    if backend.is_deterministic():
+        return matmul(x, rows, _stacked(biases, torch.float32) if biases else None).split(sizes, -1)
     return F.linear(x, rows, _stacked(biases, x.dtype) if biases else None).split(sizes, -1)
 
 

@@ -2,8 +2,9 @@
 
 From hidden states and the output weight, the logits exist a chunk of rows at a time; neither pass holds (N, V),
 unless a gradient is wanted and all logits are few: then keeping them costs less than computing them again.
-The reduction of a chunk and its gradient are native on the CPU (csrc/loss.h); the products are torch's. Where the CPU
-multiplies bf16 and the hidden states are bf16, all of it is native and only tiles of logits exist (csrc/head.h).
+The reduction of a chunk and its gradient are native on the CPU (csrc/loss.h); the products are torch's, but
+forward ops.matmul's where backend.deterministic is on. Where the CPU multiplies bf16 and the hidden states are bf16, all of
+it is native and only tiles of logits exist (csrc/head.h).
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 
 from nanorlhf import _C
 from nanorlhf.ops import backend
+from nanorlhf.ops.matmul import fill
 
 KEEP_BYTES = 64 << 20  # logits kept for the gradient up to this size: saves one product of four
 CHUNK_BYTES = 8 << 20  # logits held at a time: enough rows for the products to be efficient, few enough for the cache
@@ -170,6 +172,10 @@ def _head(is_backward, hidden, weight, targets, temperature, logprobs, entropy, 
     )  # fmt: skip
 
 
+def _logits(hidden, weight, out):
+    return fill(out, hidden, weight) if backend.is_deterministic() else torch.mm(hidden, weight.T, out=out)
+
+
 def _forward_cpu(hidden, weight, targets, temperature, keep):
     if _fused(hidden):
         logprobs, entropy, lse = _rows(hidden.shape[0])
@@ -181,7 +187,7 @@ def _forward_cpu(hidden, weight, targets, temperature, keep):
     kept = torch.empty(hidden.shape[0] if keep else 0, weight.shape[0])
     buffer = None if keep else torch.empty(rows, weight.shape[0])
     for at in chunks:
-        logits = torch.mm(hidden[at], weight.T, out=kept[at] if keep else buffer[: at.stop - at.start])
+        logits = _logits(hidden[at], weight, kept[at] if keep else buffer[: at.stop - at.start])
         _reduce(False, logits, targets[at], temperature, logprobs[at], entropy[at], lse[at], (lse,) * 3)
     return logprobs, entropy, lse, kept
 
@@ -201,7 +207,7 @@ def _backward_cpu(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets,
     for at in chunks:
         logits = buffer[: at.stop - at.start]
         # A copy in the cache, so that a second backward finds the logits as they were.
-        logits.copy_(kept[at]) if kept.shape[0] else torch.mm(hidden[at], weight.T, out=logits)
+        logits.copy_(kept[at]) if kept.shape[0] else _logits(hidden[at], weight, logits)
         _reduce(True, logits, targets[at], temperature, lse, entropy[at], lse[at], [g[at] for g in grads])
         torch.mm(logits, weight, out=dhidden[at])  # the logits are their gradient now
         dweight.addmm_(logits.T, hidden[at])

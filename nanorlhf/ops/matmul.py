@@ -1,0 +1,49 @@
+"""Matrix products with one order of summation, whatever the batch. Native on the CPU (csrc/matmul.h)."""
+
+import torch
+
+from nanorlhf import _C
+from nanorlhf.ops import backend
+
+
+def matmul(x, weight, bias=None, dtype=None):
+    """x · weightᵀ + bias; a row of x gives the same bits whatever rows are beside it and whatever the number of threads.
+
+    x: (..., C); weight: (R, C) in x's dtype; bias: (R,). Sums are fp32. Returns (..., R) in ``dtype`` (x's unless given), without
+    gradient: ops.linear has one. Raises ValueError for shapes and dtypes that do not fit.
+
+    >>> matmul(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([0.5]))
+    tensor([[11.5000]])
+    """
+    fits = x.dim() > 0 and weight.dim() == 2 and weight.shape[1:] == x.shape[-1:] and x.shape[-1] > 0 and weight.dtype == x.dtype
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"matmul: expected x of shape (..., C), weight of shape (R, C) in its dtype and bias of shape (R,), got {tuple(x.shape)} "
+            f"in {x.dtype}, {tuple(weight.shape)} in {weight.dtype} and {None if bias is None else tuple(bias.shape)}"
+        )
+    dtype = dtype or x.dtype
+    run = _op if backend.use_native("matmul", x) and dtype in backend.DTYPES else matmul_reference
+    return run(x.detach(), weight.detach(), None if bias is None else bias.detach(), dtype)
+
+
+def matmul_reference(x, weight, bias=None, dtype=None):
+    """The same in plain torch, but for the order."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.nn.functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(dtype or x.dtype)
+
+
+def fill(out, x, weight, bias=None):
+    """The native product into ``out``, contiguous; returns it."""
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous()
+    _C.matmul(
+        x.numel() // x.shape[-1], *weight.shape, backend.DTYPES[x.dtype], backend.DTYPES[out.dtype], x.data_ptr(), weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+_op = backend.define(
+    "matmul(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor",
+    lambda x, weight, bias, dtype: fill(torch.empty(*x.shape[:-1], len(weight), dtype=dtype), x, weight, bias),
+    lambda x, weight, bias, dtype: x.new_empty(*x.shape[:-1], len(weight), dtype=dtype),
+)
