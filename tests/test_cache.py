@@ -14,7 +14,7 @@ def test_prefill_and_steps_give_the_hidden_states_of_the_uncached_forward(varian
     net, sequences = model(1, **variant), random_sequences(5, 14, shortest=6)
     whole = [net(*ragged([s])) for s in sequences]
     split = [2, 1, 5, 3, 4]  # tokens that are prefilled
-    cache = KVCache(net, 5, 16)
+    cache = KVCache(16)
     hidden = cache.prefill(net, *ragged([s[:n] for s, n in zip(sequences, split)]))
     torch.testing.assert_close(hidden, torch.cat([w[:n] for w, n in zip(whole, split)]), atol=2e-5, rtol=1e-4)
     assert cache.lengths.tolist() == split
@@ -29,7 +29,7 @@ def test_prefill_and_steps_give_the_hidden_states_of_the_uncached_forward(varian
 def test_sequences_can_be_dropped_reordered_and_copied():
     """[a, b, c] becomes [c, a, c]; each goes on with a token of its own as it does alone."""
     net, sequences = model(2), [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    cache = KVCache(net, 3, 8)
+    cache = KVCache(8)
     cache.prefill(net, *ragged(sequences))
     cache.select(torch.tensor([2, 0, 2]))
     hidden = cache.step(net, torch.tensor([10, 11, 12]))

@@ -66,15 +66,14 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
             sampling: SamplingConfig, seed: int, on_token) -> None:
     """Decode the requests of these prompts; the first of them is request ``first``."""
     tokens, cu_seqlens = ragged(prompts, model.device)
-    longest = max(len(p) for p in prompts)
-    cache = KVCache(model, len(prompts), min(model.config.context, longest + max_new_tokens))
+    room = [min(max_new_tokens, model.config.context - len(p)) for p in prompts for _ in range(n)]
+    cache = KVCache(max(room))
     hidden = cache.prefill(model, tokens, cu_seqlens)[cu_seqlens[1:].long() - 1]
     requests = torch.arange(len(prompts) * n, device=model.device)
-    if n > 1:  # the prompt is run once for all of its continuations
+    if n > 1:  # the prompt is run once for all of its continuations, and its keys and values are kept once
         cache.select(requests // n)
         hidden = hidden[requests // n]
     weight = model.head_weight.to(hidden.dtype).float()  # logits in fp32, as the training's loss has them
-    room = [min(max_new_tokens, model.config.context - len(p)) for p in prompts for _ in range(n)]
     for step in range(max_new_tokens):
         drawn, logprobs, _ = ops.sample(hidden.float() @ weight.T, seed, requests + first, torch.full_like(requests, step),
                                         sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
@@ -85,8 +84,6 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
             rows = torch.tensor(alive, device=model.device)
             requests, drawn = requests[rows], drawn[rows]
             cache.select(rows)
-        if bool((cache.lengths >= cache.k.shape[2]).any()):  # a finished sequence that still rides along
-            cache.lengths.clamp_(max=cache.k.shape[2] - 1)
         hidden = cache.step(model, drawn)
 
 
