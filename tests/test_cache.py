@@ -36,3 +36,27 @@ def test_sequences_can_be_dropped_reordered_and_copied():
     for row, sequence in enumerate(([6, 7, 8, 9, 10], [1, 2, 3, 11], [6, 7, 8, 9, 12])):
         torch.testing.assert_close(hidden[row], net(*ragged([sequence]))[-1], atol=2e-5, rtol=1e-4)
     assert cache.lengths.tolist() == [5, 4, 5]
+
+
+@torch.no_grad()
+def test_samples_of_one_prompt_share_its_keys_and_go_on_alone():
+    """64 samples of a prompt of 512 tokens, then 3 of them: hidden states are those of each sequence without a cache, and the
+    cache holds the prompt once: (512 + 64 * 4) tokens, not 64 * (512 + 4)."""
+    net = model(3, context=600)
+    g = torch.Generator().manual_seed(0)
+    prompt, new = torch.randint(0, 23, (512,), generator=g).tolist(), torch.randint(0, 23, (64, 4), generator=g)
+    cache = KVCache(4)
+    cache.prefill(net, *ragged([prompt]))
+    cache.select(torch.zeros(64, dtype=torch.long))
+    kept = torch.arange(64)
+    for step in range(4):
+        if step == 2:
+            kept = torch.tensor([50, 7, 63])
+            cache.select(kept)
+        hidden = cache.step(net, new[kept, step])
+        for row in (0, 1, len(kept) - 1):
+            whole = net(*ragged([prompt + new[kept[row], :step + 1].tolist()]))[-1]
+            torch.testing.assert_close(hidden[row], whole, atol=2e-5, rtol=1e-4)
+        if step == 1:
+            held = sum(x.nbytes for x in vars(cache).values() if isinstance(x, torch.Tensor))
+            assert held < 1.1 * (512 + 64 * 4) * 2 * 2 * 8 * 4  # layers, k and v, head size, bytes

@@ -199,22 +199,25 @@ def _validate(q, k, v, cu_seqlens):
 
 
 def _validate_decode(q, k_cache, v_cache, lengths, prefix):
-    if q.dim() != 3 or not 1 <= q.shape[2] <= MAX_HEAD_DIM or q.shape[1] < 1:
+    shape = q.shape
+    if len(shape) != 3 or not 1 <= shape[2] <= MAX_HEAD_DIM or shape[1] < 1:
         raise ValueError(f"attention_decode: expected q of shape (B, H, D) with D in 1..256, got {_shape(q)}")
-    B, H, D = q.shape
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        fits = x.dim() == 4 and x.shape[0] == B and x.shape[3] == D and x.shape == k_cache.shape
-        if not fits or x.shape[2] < 1 or H % x.shape[2]:
+    B, H, D = shape
+    cache = k_cache.shape
+    for name, x in (("k_cache", cache), ("v_cache", v_cache.shape)):
+        if x != cache or len(x) != 4 or x[0] != B or x[3] != D or x[2] < 1 or H % x[2]:
             raise ValueError(
-                f"attention_decode: expected {name} of shape ({B}, Tmax, Hkv, {D}), Hkv dividing {H}, got {_shape(x)}"
+                f"attention_decode: expected {name} of shape ({B}, Tmax, Hkv, {D}), Hkv dividing {H}, got {tuple(x)}"
             )
-    k, v, cu_seqlens, owner = prefix if prefix is not None else (*(x[:, :0].flatten(0, 1) for x in (k_cache, v_cache)), lengths.new_zeros(1), lengths)
-    for name, x in (("prefix k", k), ("prefix v", v)):
-        if x.dim() != 3 or x.shape != k.shape or x.shape[1:] != k_cache.shape[2:]:
-            raise ValueError(f"attention_decode: expected {name} of shape (N, {k_cache.shape[2]}, {D}), got {_shape(x)}")
-    _validate_kind("attention_decode", q, (k_cache, v_cache, k, v))
-    P = max(cu_seqlens.numel() - 1, 0)
-    for name, x, size in (("lengths", lengths, B), ("owner", owner, B), ("cu_seqlens", cu_seqlens, P + 1)):
+    _validate_kind("attention_decode", q, (k_cache, v_cache, *(prefix or ())[:2]))
+    indices = [("lengths", lengths, B)]
+    if prefix is not None:
+        k, v, cu_seqlens, owner = prefix
+        for name, x in (("k", k.shape), ("v", v.shape)):
+            if len(x) != 3 or x != k.shape or x[1:] != cache[2:]:
+                raise ValueError(f"attention_decode: expected prefix {name} of shape (N, {cache[2]}, {D}), got {tuple(x)}")
+        indices += [("owner", owner, B), ("cu_seqlens", cu_seqlens, max(cu_seqlens.numel(), 1))]
+    for name, x, size in indices:
         if x.shape != (size,) or x.dtype != torch.int32 or x.device != q.device:
             raise ValueError(
                 f"attention_decode: expected {name} of shape ({size},) in int32 on {q.device}, "
