@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "isa.h"
@@ -78,15 +79,52 @@ void attention_backward(const AttentionProblem& p, int num_threads) {
         attention_backward_scratch(longest(p), padded(p.head_dim)), num_threads);
 }
 
-void attention_decode(const DecodeProblem& p, bool as_forward, int num_threads) {
-    int64_t length = 0;
-    for (int64_t b = 0; b < p.batch; ++b) length = std::max<int64_t>(length, p.lengths[b]);
+void attention_decode(const DecodeProblem& given, bool as_forward, int num_threads) {
+    DecodeProblem p = given;
+    const int64_t group = p.heads / p.kv_heads, width = padded(p.head_dim), size = p.dtype == FLOAT32 ? 4 : 2;
+    std::vector<PrefixParts> of(p.prefixes, PrefixParts{0, 0, 0}), parts(p.batch, PrefixParts{0, 0, 0});
+    for (int64_t b = 0; p.prefixes && b < p.batch; ++b) of[p.owner[b]].step += group;
+    int64_t rows = 0, splits = 0, longest = 0;
+    for (int64_t i = 0; i < p.prefixes; ++i) {
+        of[i].row = rows, of[i].count = of[i].step ? (p.prefix_bounds[i + 1] - p.prefix_bounds[i] + PREFIX_KEYS - 1) / PREFIX_KEYS : 0;
+        rows += of[i].count * of[i].step, splits += of[i].count;
+    }
+    // Queries lie like what becomes of them, (rows, kv_heads, D): a prefix's in the rows of its first part.
+    Scratch packed(1, rows * p.kv_heads * p.head_dim), part_out(1, rows * p.kv_heads * width);
+    std::vector<double> part_lse(rows * p.kv_heads);
+    std::vector<AttentionProblem> problems;
+    std::vector<AttentionTask> tasks;
+    problems.reserve(splits);
+    const auto shifted = [&](const Rows& x, int64_t n) { return Rows{static_cast<char*>(x.data) + n * x.token_stride * size, x.token_stride, x.head_stride}; };
+    const Rows q{packed.slice(0), p.kv_heads * p.head_dim, p.head_dim};
+    for (int64_t i = 0; i < p.prefixes; ++i)
+        for (int64_t part = 0; part < of[i].count; ++part) {
+            const int64_t begin = p.prefix_bounds[i] + part * PREFIX_KEYS, row = (of[i].row + part * of[i].step) * p.kv_heads;
+            AttentionProblem problem{};
+            problem.heads = problem.kv_heads = p.kv_heads, problem.head_dim = p.head_dim;
+            problem.scale = p.scale, problem.dtype = p.dtype, problem.wide = true;
+            problem.q = shifted(q, of[i].row), problem.k = shifted(p.prefix_k, begin), problem.v = shifted(p.prefix_v, begin);
+            problem.out = {part_out.slice(0) + row * width, p.kv_heads * width, width}, problem.lse = part_lse.data() + row;
+            problems.push_back(problem);
+            for (int64_t head = 0; head < p.kv_heads; ++head)
+                tasks.push_back({&problems.back(), 0, std::min<int64_t>(PREFIX_KEYS, p.prefix_bounds[i + 1] - begin), head, 0, of[i].step});
+        }
+    std::vector<PrefixParts> next = of;
+    for (int64_t b = 0; b < p.batch; ++b) {
+        longest = std::max<int64_t>(longest, p.lengths[b]);
+        if (!p.prefixes || !of[p.owner[b]].count) continue;
+        parts[b] = next[p.owner[b]], next[p.owner[b]].row += group;
+        for (int64_t h = 0; h < p.heads; ++h)
+            std::memcpy(static_cast<char*>(q.data) + ((parts[b].row + h % group) * p.kv_heads + h / group) * p.head_dim * size,
+                        static_cast<char*>(p.q.data) + (b * p.q.token_stride + h * p.q.head_stride) * size, p.head_dim * size);
+    }
+    run(tasks, kernels().attention_prefix, attention_forward_scratch(PREFIX_KEYS, width), num_threads);
+    p.parts = parts.data(), p.part_out = part_out.slice(0), p.part_lse = part_lse.data();
     const int64_t count = p.batch * p.kv_heads;
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), std::max<int64_t>(count, 1)));
-    const int64_t dim = padded(p.head_dim);
-    Scratch scratch(threads, as_forward ? attention_forward_scratch(padded(length), dim) : padded(length) + 16 * dim);
+    Scratch scratch(threads, as_forward ? attention_forward_scratch(padded(longest), width) : attention_decode_scratch(padded(longest), width, group));
     const Kernels& table = kernels();
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count * length > 4096)
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count * longest * p.head_dim > 65536)
     for (int64_t i = 0; i < count; ++i)
         (as_forward && p.lengths[i / p.kv_heads] ? decode_as_forward : table.attention_decode)(
             p, i / p.kv_heads, i % p.kv_heads, scratch.slice(omp_get_thread_num()));

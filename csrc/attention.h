@@ -17,6 +17,7 @@ struct AttentionProblem {
     bool causal;
     float scale;
     int dtype;       // of all Rows
+    bool wide;       // out is fp32 whatever the dtype
     Rows q, k, v, out;
     // (N, heads), natural logarithm. fp64: rounded to fp32 it would cost the gradient, which takes it as the exact
     // normaliser of a whole row, two bits.
@@ -31,6 +32,14 @@ struct AttentionTask {
     int64_t query_begin, query_end;  // forward only, a multiple of 16 unless it is the end
 };
 
+constexpr int64_t PREFIX_KEYS = 128;  // of a task: a prefix is split so that all threads work, and always alike
+constexpr int64_t FEW_QUERIES = 8;    // of a prefix: products of tiles are not worth packing its keys for
+
+// What a sequence's queries got from each part of its prefix: rows of part_out from `row` on, `step` from part to part.
+struct PrefixParts {
+    int64_t row, step, count;
+};
+
 struct DecodeProblem {
     int64_t batch, heads, kv_heads, head_dim;
     const int32_t* lengths;  // (batch,), at least 0; a sequence without keys gets zeros
@@ -39,6 +48,14 @@ struct DecodeProblem {
     Rows q, out;                                        // (batch, heads, D)
     const void *k, *v;                                  // (batch, Tmax, kv_heads, D)
     int64_t k_batch, k_token, k_head, v_batch, v_token, v_head;  // strides
+    // Sequence b sees the keys of prefix owner[b] before its own; ragged like AttentionProblem's sequences.
+    int64_t prefixes;
+    const int32_t *prefix_bounds, *owner;  // (prefixes + 1,), (batch,)
+    Rows prefix_k, prefix_v;
+    // Filled on the way: (batch,), (rows, kv_heads, D padded to 16), (rows, kv_heads).
+    const PrefixParts* parts;
+    const float* part_out;
+    const double* part_lse;
 };
 
 // Floats of scratch that one task needs; both arguments are multiples of 16.
@@ -47,6 +64,9 @@ constexpr int64_t QUERIES_PER_PASS = 128;  // backward: two (128, 16) tiles stay
 constexpr int64_t attention_forward_scratch(int64_t length, int64_t dim) {
     const int64_t width = (dim + 31) / 32 * 32;  // of bf16, whose tiles have 32 queries
     return 2 * (length + 32) * width + 6 * 32 * width + 48 * KEYS_PER_PASS;
+}
+constexpr int64_t attention_decode_scratch(int64_t length, int64_t dim, int64_t group) {
+    return 4 * length + (2 * group + 16) * (dim + 16) + 16 * dim + 2 * group + 32;
 }
 constexpr int64_t attention_backward_scratch(int64_t length, int64_t dim) {
     const int64_t width = (dim + 31) / 32 * 32, rows = (length + 31) / 32 * 32;  // of bf16, whose tiles have 32 keys

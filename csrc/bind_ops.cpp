@@ -61,7 +61,9 @@ void backward(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads
 using Cache = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, batch, token and head stride
 
 void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, uintptr_t lengths,
-            float scale, int dtype, Strided q, Strided out, Cache k, Cache v, bool as_forward, int num_threads) {
+            float scale, int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t prefix_bounds,
+            int64_t tokens, uintptr_t owner, Strided prefix_k, Strided prefix_v, bool as_forward,
+            int num_threads) {
     DecodeProblem p{};
     p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
     p.lengths = at<const int32_t>(lengths), p.scale = scale, p.dtype = dtype, p.q = rows(q), p.out = rows(out);
@@ -72,6 +74,12 @@ void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, in
         if (p.lengths[b] < 0 || p.lengths[b] > capacity)
             throw std::invalid_argument("attention_decode: expected lengths in [0, Tmax = " +
                                         std::to_string(capacity) + "], got " + std::to_string(p.lengths[b]));
+    p.prefixes = prefixes, p.prefix_bounds = at<const int32_t>(prefix_bounds), p.owner = at<const int32_t>(owner);
+    p.prefix_k = rows(prefix_k), p.prefix_v = rows(prefix_v);
+    if (owner) check_cu_seqlens(p.prefix_bounds, prefixes, tokens, "attention_decode");
+    for (int64_t b = 0; owner && b < batch; ++b)
+        if (p.owner[b] < 0 || p.owner[b] >= prefixes)
+            throw std::invalid_argument("attention_decode: expected owner in [0, P = " + std::to_string(prefixes) + "), got " + std::to_string(p.owner[b]));
     attention_decode(p, as_forward, num_threads);
 }
 

@@ -26,6 +26,7 @@ enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1 };
 struct Kernels {
     void (*attention_forward)(const AttentionTask& task, float* scratch);
     void (*attention_backward)(const AttentionTask& task, float* scratch);
+    void (*attention_prefix)(const AttentionTask& task, float* scratch);  // fp32 output, start 0, not causal
     void (*attention_decode)(const DecodeProblem& problem, int64_t sequence, int64_t kv_head, float* scratch);
     // scratch: a row of floats.
     void (*softmax_forward)(const SoftmaxProblem& problem, int64_t begin, int64_t end, float* scratch);

@@ -214,7 +214,7 @@ def test_the_ops_are_good_citizens_of_torch():
     out, lse = ops.attention_forward(q, k, v, cu_seqlens, True, 0.3)
     torch.library.opcheck(ops.attention_backward.default, (out, q, k, v, out, lse, cu_seqlens, True, 0.3))
     lengths = torch.tensor([3], dtype=torch.int32)
-    torch.library.opcheck(ops.attention_decode.default, (q[:1], k[None], v[None], lengths, 0.3))
+    torch.library.opcheck(ops.attention_decode.default, (q[:1], k[None], v[None], lengths, 0.3, []))
 
 
 def test_it_compiles_in_one_graph_with_its_gradient():

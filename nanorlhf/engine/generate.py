@@ -66,18 +66,17 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
             sampling: SamplingConfig, seed: int, on_token) -> None:
     """Decode the requests of these prompts; the first of them is request ``first``."""
     tokens, cu_seqlens = ragged(prompts, model.device)
-    longest = max(len(p) for p in prompts)
-    cache = KVCache(model, len(prompts), min(model.config.context, longest + max_new_tokens))
+    room = [min(max_new_tokens, model.config.context - len(p)) for p in prompts for _ in range(n)]
+    cache = KVCache(max(room))
     hidden = cache.prefill(model, tokens, cu_seqlens)[cu_seqlens[1:].long() - 1]
     requests = torch.arange(len(prompts) * n, device=model.device)
-    if n > 1:  # the prompt is run once for all of its continuations
+    if n > 1:  # the prompt is run once for all of its continuations, and its keys and values are kept once
         cache.select(requests // n)
         hidden = hidden[requests // n]
     fixed = ops.backend.is_deterministic()
     policy = fixed and sampling.temperature > 0 and (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1, 0)  # no filter
     weight = model.head_weight.to(hidden.dtype)  # logits in fp32, as the training's loss has them
     weight = weight if fixed else weight.float()
-    room = [min(max_new_tokens, model.config.context - len(p)) for p in prompts for _ in range(n)]
     for step in range(max_new_tokens):
         logits = ops.matmul(hidden, weight, dtype=torch.float32) if fixed else hidden.float() @ weight.T
         drawn, logprobs, _ = ops.sample(logits, seed, requests + first, torch.full_like(requests, step),
@@ -91,8 +90,6 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
             rows = torch.tensor(alive, device=model.device)
             requests, drawn = requests[rows], drawn[rows]
             cache.select(rows)
-        if bool((cache.lengths >= cache.k.shape[2]).any()):  # a finished sequence that still rides along
-            cache.lengths.clamp_(max=cache.k.shape[2] - 1)
         hidden = cache.step(model, drawn)
 
 

@@ -8,6 +8,7 @@ Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al.
 import math
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanorlhf import _C
 from nanorlhf.ops import backend
@@ -57,30 +58,38 @@ def attention_reference(q, k, v, cu_seqlens, causal=True, scale=None):
     return torch.cat(parts).to(q.dtype) if parts else q.clone()
 
 
-def attention_decode(q, k_cache, v_cache, lengths, scale=None):
+def attention_decode(q, k_cache, v_cache, lengths, scale=None, prefix=None):
     """Attention of one new query per sequence over a cache of keys and values.
 
     q: (B, H, D). k_cache, v_cache: (B, Tmax, Hkv, D), any stride but the last. lengths: (B,) int32, how many keys of
-    the cache are valid; a sequence with none gets zeros. Returns (B, H, D), with the bits of ``attention`` where backend.deterministic is on. No gradient.
-    Raises ValueError for shapes or dtypes that do not fit together, or lengths outside [0, Tmax].
+    the cache are valid; a sequence with none gets zeros. Returns (B, H, D). No gradient.
+    With backend.deterministic the bits are those of ``attention`` (and each sequence gets a copy of its prefix).
+    prefix: (k, v, cu_seqlens, owner): k, v (N, Hkv, D) and cu_seqlens (P+1,) int32 hold P ragged prefixes; sequence b
+    sees the keys of prefix owner[b], (B,) int32, before its own. A prefix is read once for all that share it.
+    Raises ValueError for shapes or dtypes that do not fit together, or lengths, bounds or owners out of range.
 
     >>> cache = torch.randn(2, 8, 1, 4)
     >>> out = attention_decode(torch.randn(2, 3, 4), cache, cache, torch.tensor([1, 8], dtype=torch.int32))
     >>> torch.allclose(out[0, 2], cache[0, 0, 0])
     True
     """
-    _validate_decode(q, k_cache, v_cache, lengths)
+    _validate_decode(q, k_cache, v_cache, lengths, prefix)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     if not backend.use_native("attention_decode", q):
-        return attention_decode_reference(q, k_cache, v_cache, lengths, scale)
-    return _decode_op(q.detach(), k_cache.detach(), v_cache.detach(), lengths, scale)
+        return attention_decode_reference(q, k_cache, v_cache, lengths, scale, prefix)
+    if prefix is not None and len(q) and backend.is_deterministic():
+        k_cache, v_cache, lengths = _unshared(k_cache, v_cache, lengths, *prefix)
+        prefix = None
+    return _decode_op(q.detach(), k_cache.detach(), v_cache.detach(), lengths, scale, [x.detach() for x in prefix or ()])
 
 
-def attention_decode_reference(q, k_cache, v_cache, lengths, scale=None):
-    """The same in plain torch, over the whole cache with a mask."""
+def attention_decode_reference(q, k_cache, v_cache, lengths, scale=None, prefix=None):
+    """The same in plain torch, over the whole cache with a mask; each sequence gets a copy of its prefix."""
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= k_cache.shape[1]:
         raise ValueError(f"attention_decode: expected lengths in [0, Tmax = {k_cache.shape[1]}]")
+    if prefix is not None and len(q):
+        k_cache, v_cache, lengths = _unshared(k_cache, v_cache, lengths, *prefix)
     group = q.shape[1] // k_cache.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     seen = torch.arange(k_cache.shape[1], device=q.device) < lengths[:, None]  # (B, Tmax)
@@ -90,6 +99,19 @@ def attention_decode_reference(q, k_cache, v_cache, lengths, scale=None):
     scores = scale * torch.einsum("bhd,bthd->bht", q.to(wide), keys)
     weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1).nan_to_num(0)
     return torch.einsum("bht,bthd->bhd", weights, values).to(q.dtype)
+
+
+def _unshared(k_cache, v_cache, lengths, k, v, cu_seqlens, owner):
+    """Caches and lengths in which each sequence has a copy of its prefix before its own keys and values."""
+    bounds = cu_seqlens.tolist()
+    _check_bounds(bounds, len(k), "attention_decode")
+    if not 0 <= int(owner.min()) <= int(owner.max()) < len(bounds) - 1:
+        raise ValueError(f"attention_decode: expected owner in [0, P = {len(bounds) - 1})")
+    whole = (
+        pad_sequence([torch.cat((x[bounds[i] : bounds[i + 1]], c)) for i, c in zip(owner.tolist(), cache, strict=True)], True)
+        for x, cache in ((k, k_cache), (v, v_cache))
+    )
+    return *whole, lengths + cu_seqlens.diff()[owner]
 
 
 class _Attention(torch.autograd.Function):
@@ -144,22 +166,26 @@ def _backward_cpu(dout, q, k, v, out, lse, cu_seqlens, causal, scale):
     return dq, dk, dv
 
 
-def _decode_cpu(q, k_cache, v_cache, lengths, scale):
+def _decode_cpu(q, k_cache, v_cache, lengths, scale, prefix):
     q, k_cache, v_cache = _unit_stride(q), _unit_stride(k_cache), _unit_stride(v_cache)
     lengths = lengths.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)
+    shared = (0, 0, 0, 0, (0, 0, 0), (0, 0, 0))
+    if prefix:
+        k, v, cu_seqlens, owner = *map(_unit_stride, prefix[:2]), prefix[2].contiguous(), prefix[3].contiguous()
+        shared = cu_seqlens.numel() - 1, cu_seqlens.data_ptr(), k.shape[0], owner.data_ptr(), _rows(k), _rows(v)
     _C.attention_decode(
         q.shape[0], q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1], lengths.data_ptr(), scale,
         backend.DTYPES[q.dtype], _rows(q), _rows(out), (k_cache.data_ptr(), *k_cache.stride()[:3]),
-        (v_cache.data_ptr(), *v_cache.stride()[:3]), backend.is_deterministic(), torch.get_num_threads(),
+        (v_cache.data_ptr(), *v_cache.stride()[:3]), *shared, backend.is_deterministic(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _check_bounds(bounds, tokens):
+def _check_bounds(bounds, tokens, op="attention"):
     rises = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
     if bounds[0] != 0 or bounds[-1] != tokens or not rises:
-        raise ValueError(f"attention: expected cu_seqlens to rise from 0 to N = {tokens}")
+        raise ValueError(f"{op}: expected cu_seqlens to rise from 0 to N = {tokens}")
 
 
 def _validate(q, k, v, cu_seqlens):
@@ -181,22 +207,31 @@ def _validate(q, k, v, cu_seqlens):
         raise ValueError(f"attention: expected cu_seqlens on {q.device}, got {cu_seqlens.device}")
 
 
-def _validate_decode(q, k_cache, v_cache, lengths):
-    if q.dim() != 3 or not 1 <= q.shape[2] <= MAX_HEAD_DIM or q.shape[1] < 1:
+def _validate_decode(q, k_cache, v_cache, lengths, prefix):
+    shape = q.shape
+    if len(shape) != 3 or not 1 <= shape[2] <= MAX_HEAD_DIM or shape[1] < 1:
         raise ValueError(f"attention_decode: expected q of shape (B, H, D) with D in 1..256, got {_shape(q)}")
-    B, H, D = q.shape
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        fits = x.dim() == 4 and x.shape[0] == B and x.shape[3] == D and x.shape == k_cache.shape
-        if not fits or x.shape[2] < 1 or H % x.shape[2]:
+    B, H, D = shape
+    cache = k_cache.shape
+    for name, x in (("k_cache", cache), ("v_cache", v_cache.shape)):
+        if x != cache or len(x) != 4 or x[0] != B or x[3] != D or x[2] < 1 or H % x[2]:
             raise ValueError(
-                f"attention_decode: expected {name} of shape ({B}, Tmax, Hkv, {D}), Hkv dividing {H}, got {_shape(x)}"
+                f"attention_decode: expected {name} of shape ({B}, Tmax, Hkv, {D}), Hkv dividing {H}, got {tuple(x)}"
             )
-    _validate_kind("attention_decode", q, (k_cache, v_cache))
-    if lengths.shape != (B,) or lengths.dtype != torch.int32 or lengths.device != q.device:
-        raise ValueError(
-            f"attention_decode: expected lengths of shape ({B},) in int32 on {q.device}, "
-            f"got {_shape(lengths)} in {lengths.dtype} on {lengths.device}"
-        )
+    _validate_kind("attention_decode", q, (k_cache, v_cache, *(prefix or ())[:2]))
+    indices = [("lengths", lengths, B)]
+    if prefix is not None:
+        k, v, cu_seqlens, owner = prefix
+        for name, x in (("k", k.shape), ("v", v.shape)):
+            if len(x) != 3 or x != k.shape or x[1:] != cache[2:]:
+                raise ValueError(f"attention_decode: expected prefix {name} of shape (N, {cache[2]}, {D}), got {tuple(x)}")
+        indices += [("owner", owner, B), ("cu_seqlens", cu_seqlens, max(cu_seqlens.numel(), 1))]
+    for name, x, size in indices:
+        if x.shape != (size,) or x.dtype != torch.int32 or x.device != q.device:
+            raise ValueError(
+                f"attention_decode: expected {name} of shape ({size},) in int32 on {q.device}, "
+                f"got {_shape(x)} in {x.dtype} on {x.device}"
+            )
 
 
 def _validate_kind(op, q, others):
@@ -224,7 +259,8 @@ _backward_op = backend.define(
     lambda dout, q, k, v, out, lse, cu_seqlens, causal, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
 )
 _decode_op = backend.define(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor",
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale, "
+    "Tensor[] prefix) -> Tensor",
     _decode_cpu,
-    lambda q, k_cache, v_cache, lengths, scale: q.new_empty(q.shape),
+    lambda q, k_cache, v_cache, lengths, scale, prefix: q.new_empty(q.shape),
 )
