@@ -165,6 +165,8 @@ class Model(nn.Module):
         residual = 1 / math.sqrt(2 * self.config.layers)
         for name, p in self.named_parameters():
             if p.ndim < 2:
+                if name.endswith("bias"):
+                    p.zero_()
                 continue
             if "embed" in name or name.startswith("lm_head"):
                 deviation = 0.02
