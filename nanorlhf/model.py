@@ -37,7 +37,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        return self.with_sum(x, residual)[0]
+
+    def with_sum(self, x: Tensor, residual: Optional[Tensor]) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and that sum."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps), x
@@ -45,7 +48,10 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        return self.with_sum(x, residual)[0]
+
+    def with_sum(self, x: Tensor, residual: Optional[Tensor]) -> tuple[Tensor, Tensor]:
         x = x if residual is None else x + residual
         return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype), x
 
@@ -75,7 +81,7 @@ class Attention(nn.Module):
             weights = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm is not None else ()
             q, k, v = ops.rope_qkv(q, k, v, positions, self.rope_base, *weights)
         elif self.q_norm is not None:
-            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
+            q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(attend(self.layer, q, k, v).reshape(N, -1))
 
 
@@ -125,8 +131,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, residual: Optional[Tensor], positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """(x, residual) → the same two after this block; their sum, the residual stream, is formed by the next norm."""
-        x, residual = self.input_layernorm(x, residual)
-        x, residual = self.post_attention_layernorm(self.self_attn(x, positions, attend), residual)
+        x, residual = self.input_layernorm.with_sum(x, residual)
+        x, residual = self.post_attention_layernorm.with_sum(self.self_attn(x, positions, attend), residual)
         return self.mlp(x), residual
 
 
@@ -195,7 +201,7 @@ class Model(nn.Module):
         residual = None
         for block in self.model.layers:
             x, residual = block(x, residual, positions, attend)
-        return self.model.norm(x, residual)[0]
+        return self.model.norm(x, residual)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """tokens (N,), cu_seqlens (B+1,) → hidden states after the last norm (N, C); causal within each sequence."""
