@@ -95,7 +95,10 @@ void attention_decode(const DecodeProblem& given, bool as_forward, int num_threa
     std::vector<AttentionProblem> problems;
     std::vector<AttentionTask> tasks;
     problems.reserve(splits);
-    const auto shifted = [&](const Rows& x, int64_t n) { return Rows{static_cast<char*>(x.data) + n * x.token_stride * size, x.token_stride, x.head_stride}; };
+    const auto shifted = [&](Rows x, int64_t tokens) {
+        x.data = static_cast<char*>(x.data) + tokens * x.token_stride * size;
+        return x;
+    };
     const Rows q{packed.slice(0), p.kv_heads * p.head_dim, p.head_dim};
     for (int64_t i = 0; i < p.prefixes; ++i)
         for (int64_t part = 0; part < of[i].count; ++part) {

@@ -32,7 +32,9 @@ def everything():
         (logprobs.sum() + entropy.sum() + other.sum() + policy.loss + value.loss).backward()
         cache = q[None].expand(9, N, H, D)[:, :, :2]
         decoded = ops.attention_decode(q[:9], cache, cache, (ids[:9] % N).int())
-        results += [logprobs, entropy, other, decoded, *policy, *value, weight.grad.clone(), head.grad.clone()]
+        prefix = q[:, ::2], q[:, 1::2], cu_seqlens, (ids[:9] % 4 // 3).int() * 3  # most begin with the first, the others with the last
+        shared = ops.attention_decode(q[:9], cache[:, :20], cache[:, :20], (ids[:9] % 20).int(), prefix=prefix)
+        results += [logprobs, entropy, other, decoded, shared, *policy, *value, weight.grad.clone(), head.grad.clone()]
         results += [*ops.gae(logprobs, entropy, cu_seqlens, 0.99, 0.95), ops.reward_to_go(logprobs, cu_seqlens)]
     results.append(torch.randn(999, 999, generator=g).softmax(-1))  # and loops of torch's own
     return [r.detach().float() for r in results]

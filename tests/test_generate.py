@@ -75,6 +75,16 @@ def test_n_continuations_of_a_prompt_are_those_of_the_prompt_written_n_times():
     assert len({tuple(c.ids) for c in many[:4]}) == 4
 
 
+def test_many_greedy_samples_that_share_a_prompt_are_that_of_the_prompt_alone():
+    """20 of each, more than are decoded one by one; some requests end early and drop out."""
+    net = model(1)
+    alone = generate(net, PROMPTS, 12, 1, (3, 8), GREEDY)
+    for one, many in zip(alone, range(0, 180, 20)):
+        for drawn in generate(net, PROMPTS, 12, 20, (3, 8), GREEDY)[many:many + 20:19]:
+            assert drawn.ids == one.ids
+            assert drawn.logprobs == pytest.approx(one.logprobs, abs=1e-5)
+
+
 def test_another_seed_draws_other_tokens():
     assert [c.ids for c in sampled(PROMPTS)] != [c.ids for c in sampled(PROMPTS, seed=8)]
 
