@@ -1,5 +1,5 @@
 """What it costs that a token's log-prob is the same bits whatever its batch (ops.backend.deterministic): products alone against
-torch's, then, for the main run's model, a training forward, a whole forward and backward, and steps of the decoder, on and off.
+torch's, then, for the main run's model, a training forward, a forward and backward, and generation, on and off.
 
     python bench/bench_matmul.py [--model] [--json FILE]
 """
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf.config import ModelConfig
-from nanorlhf.engine.cache import KVCache
+from nanorlhf.engine import generate
 from nanorlhf.model import Model
-from nanorlhf.ops import backend, matmul, weights_held
+from nanorlhf.ops import backend, matmul
 from timing import report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,22 +51,9 @@ def model_cases(dtype):
     forward = torch.no_grad()(lambda: model.logprobs(tokens, cu_seqlens)[0])
     yield f"forward, {B} x {T} {dtype}", B * T, switched(forward)
     yield f"forward and backward {dtype}", B * T, switched(lambda: model.logprobs(tokens, cu_seqlens)[0].mean().backward())
-    for sequences in (1, 128):
-        yield f"{sequences} x 4 steps after 160 tokens {dtype}", 4 * sequences, switched(decoder(model, sequences))
-
-
-def decoder(model, sequences, length=160):
-    cache, tokens = KVCache(model, sequences, length + 1), torch.arange(sequences)
-    cache.k.normal_(), cache.v.normal_()
-
-    @torch.no_grad()
-    @weights_held()
-    def step():
-        for _ in range(4):
-            cache.lengths.fill_(length)
-            cache.step(model, tokens)
-
-    return step
+    for sequences in (1, 64):
+        prompts = [[i + 1] * 100 for i in range(sequences)]
+        yield f"generate {sequences} x 24 after 100 {dtype}", 24 * sequences, switched(lambda prompts=prompts: generate(model, prompts, 24))
 
 
 @pytest.mark.parametrize("contender", ["nanorlhf", "torch"])
@@ -78,6 +65,6 @@ def test_matmul(benchmark, shape, dtype, contender):
 
 if __name__ == "__main__":
     if "--model" in sys.argv:
-        report([c for dtype in DTYPES for c in model_cases(dtype)], "token/s", repeats=15)
+        report([c for dtype in DTYPES for c in model_cases(dtype)], "token/s", warmups=1, repeats=7)
     else:
         report([case(*shape, dtype) for shape in SHAPES for dtype in DTYPES])
