@@ -30,7 +30,8 @@ FACES = {"bpe": "tokenizer", "merge": "tokenizer", "pretokenize": "tokenizer", "
 PER_ISA = re.compile(r"_(portable|sse\w*|avx\w*|amx\w*|neon|sve\w*|sm\d+\w*)$")
 
 FILE_CAP, FUNCTION_CAP = 500, 90
-PYTHON_BUDGET, NATIVE_BUDGET = 8000, 6000
+# Every op has its contract, reference and gradient in Python, and its kernels for five instruction sets in C++.
+PYTHON_BUDGET, NATIVE_BUDGET = 8500, 7600
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 
 # Written in pieces so that this file does not match itself.
