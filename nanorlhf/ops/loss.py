@@ -16,7 +16,7 @@ from nanorlhf.ops import backend
 from nanorlhf.ops.matmul import fill
 
 KEEP_BYTES = 64 << 20  # logits kept for the gradient up to this size: saves one product of four
-CHUNK_BYTES = 8 << 20  # logits held at a time: enough rows for the products to be efficient, few enough for the cache
+CHUNK_BYTES = 32 << 20  # logits held at a time: enough rows that the gradient of the weight is seldom read and written
 
 
 def next_token_positions(cu_seqlens):
