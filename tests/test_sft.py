@@ -71,7 +71,7 @@ def test_no_gradient_comes_from_a_position_that_predicts_a_prompts_token():
     """The states whose next token is the prompt's, or which end a sequence, get exactly zero; so what the labels there
     are cannot matter. The end of turn is the response's own."""
     net, kept = model(2), []
-    net.model.norm.register_forward_hook(lambda _, __, out: (out[0].retain_grad(), kept.append(out[0])) and None)
+    net.model.norm.register_forward_hook(lambda _, __, hidden: (hidden.retain_grad(), kept.append(hidden)) and None)
     logprobs, _ = response_logprobs(net, [EXAMPLES[0], TWO_TURNS])
     (-logprobs.mean()).backward()
     reached = (kept[0].grad != 0).any(-1).int().tolist()
