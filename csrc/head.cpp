@@ -27,7 +27,7 @@ namespace {
 // The sum of the hidden states' gradient passes through memory once for each run of words, which is then best long; the run's own
 // gradient stays in the L2 cache. VDPBF16PS is slow enough for short ones, that fit a smaller cache.
 int64_t words_of(const HeadProblem& p, int num_threads) {
-    const int64_t longest = isa() == "amx" ? 131072 / p.dim : 128, share = p.vocabulary / std::max(num_threads, 1);
+    const int64_t longest = isa() == "amx" ? 131072 / std::max<int64_t>(p.dim, 32) : 128, share = p.vocabulary / std::max(num_threads, 1);
     return std::clamp<int64_t>(std::min(longest, share) / 32 * 32, 32, 512);
 }
 

@@ -151,7 +151,8 @@ def test_memory_that_is_all_nan_when_it_comes_changes_no_bit(tmp_path, isa):
     subprocess.run(["g++", "-O1", "-fno-builtin", "-shared", "-fPIC", tmp_path / "poison.cpp", "-o", library], check=True)
     results = []
     for name, preload in (("clean", ""), ("poisoned", str(library))):
-        environment = {**os.environ, "LD_PRELOAD": preload, **({"NANORLHF_ISA": isa} if isa else {})}
+        # torch's own products round by where in memory their arguments lie, unless MKL is told not to.
+        environment = {**os.environ, "LD_PRELOAD": preload, "MKL_CBWR": "COMPATIBLE", **({"NANORLHF_ISA": isa} if isa else {})}
         done = subprocess.run([sys.executable, "-c", RESULTS, str(HERE.parent), tmp_path / name, name], env=environment,
                               cwd=HERE, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -159,3 +160,47 @@ def test_memory_that_is_all_nan_when_it_comes_changes_no_bit(tmp_path, isa):
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
     assert all(r.isfinite().all() for r in results[0])
+
+
+def test_a_head_whose_sizes_do_not_fit_is_an_error():
+    for hidden, weight in (((4, 32), (9, 4096)), ((4, 64), (9, 32)), ((4, 32), (9, 32, 1))):
+        with pytest.raises(ValueError, match="cross_entropy: expected hidden of shape"):
+            ops.cross_entropy(torch.ones(hidden).bfloat16(), torch.ones(weight).bfloat16(), torch.tensor([1, 2, 3, 4]))
+
+
+def test_hidden_states_without_dimensions_are_uniform():
+    """No dimension: all logits are 0, so each of 9 tokens has log-prob -ln 9, and there is nothing to differentiate by."""
+    hidden = torch.zeros(4, 0).bfloat16().requires_grad_()
+    logprobs, _ = ops.token_logprobs(hidden, torch.zeros(9, 0).bfloat16(), torch.tensor([1, 2, 3, 4]))
+    torch.testing.assert_close(logprobs, torch.full((4,), 9.0).log().neg())
+    logprobs.sum().backward()
+    assert hidden.grad.shape == (4, 0)
+
+
+def test_a_value_that_is_not_a_number_reaches_the_loss_and_its_gradient():
+    for which in range(3):
+        given = [torch.zeros(40), torch.zeros(40), torch.ones(40)]
+        given[which][2] = float("nan")
+        values = given[0].requires_grad_()
+        loss = ops.ppo_value_loss(values, *given[1:], 0.2).loss
+        (gradient,) = torch.autograd.grad(loss, values)
+        assert loss.isnan() and gradient[2].isnan() and gradient[3].isfinite()
+
+
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number():
+    x, w = torch.randn(3, 8).requires_grad_(), torch.ones(8).requires_grad_()
+    (g,) = torch.autograd.grad(ops.rms_norm(x, w).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad((g * x).sum(), x)
+
+
+def test_lengths_beyond_the_cache_are_an_error_with_a_prefix_too():
+    one = torch.ones
+    prefix = one(9, 1, 4), one(9, 1, 4), torch.tensor([0, 1, 9]).int(), torch.tensor([0, 1]).int()
+    before = ops.backend.deterministic(True)
+    try:
+        for lengths in ([3, 0], [-1, 0]):
+            with pytest.raises(ValueError, match=r"expected lengths in \[0, Tmax = 2"):
+                ops.attention_decode(one(2, 1, 4), one(2, 2, 1, 4), one(2, 2, 1, 4), torch.tensor(lengths).int(), prefix=prefix)
+    finally:
+        ops.backend.deterministic(before)

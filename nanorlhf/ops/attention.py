@@ -86,8 +86,7 @@ def attention_decode(q, k_cache, v_cache, lengths, scale=None, prefix=None):
 def attention_decode_reference(q, k_cache, v_cache, lengths, scale=None, prefix=None):
     """The same in plain torch, over the whole cache with a mask; each sequence gets a copy of its prefix."""
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= k_cache.shape[1]:
-        raise ValueError(f"attention_decode: expected lengths in [0, Tmax = {k_cache.shape[1]}]")
+    _check_lengths(lengths, k_cache)
     if prefix is not None and len(q):
         k_cache, v_cache, lengths = _unshared(k_cache, v_cache, lengths, *prefix)
     group = q.shape[1] // k_cache.shape[2]
@@ -105,6 +104,7 @@ def _unshared(k_cache, v_cache, lengths, k, v, cu_seqlens, owner):
     """Caches and lengths in which each sequence has a copy of its prefix before its own keys and values."""
     bounds = cu_seqlens.tolist()
     _check_bounds(bounds, len(k), "attention_decode")
+    _check_lengths(lengths, k_cache)
     if not 0 <= int(owner.min()) <= int(owner.max()) < len(bounds) - 1:
         raise ValueError(f"attention_decode: expected owner in [0, P = {len(bounds) - 1})")
     whole = (
@@ -123,6 +123,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
         dq, dk, dv = _backward_op(dout, q, k, v, out, lse, cu_seqlens, ctx.causal, ctx.scale)
@@ -180,6 +181,11 @@ def _decode_cpu(q, k_cache, v_cache, lengths, scale, prefix):
         (v_cache.data_ptr(), *v_cache.stride()[:3]), *shared, backend.is_deterministic(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _check_lengths(lengths, k_cache):
+    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= k_cache.shape[1]:
+        raise ValueError(f"attention_decode: expected lengths in [0, Tmax = {k_cache.shape[1]}]")
 
 
 def _check_bounds(bounds, tokens, op="attention"):

@@ -45,6 +45,7 @@ class _Embedding(torch.autograd.Function):
         return _forward_op(ids, weight, dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         return None, _backward_op(dout, ctx.saved_tensors[0], ctx.rows).to(ctx.dtype), None
 

@@ -48,11 +48,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
     >>> bool(((logprobs + math.log(4)).abs() < 1e-6).all() and ((entropy - math.log(4)).abs() < 1e-6).all())
     True
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
-        raise ValueError(
-            "token_logprobs: expected hidden of shape (N, C) and weight of shape (V, C), "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
+    _validate_head("token_logprobs", hidden, weight)
     _validate("token_logprobs", hidden, targets, temperature)
     return _head_outputs(hidden, weight, targets, temperature)[:2]
 
@@ -67,7 +63,8 @@ def cross_entropy(hidden, weight, targets, z_loss=0.0, ignore_index=-100):
     >>> round(cross_entropy(torch.ones(2, 8), torch.zeros(4, 8), torch.tensor([1, -100]), z_loss=0.1).item(), 4)
     1.5785
     """
-    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
+    _validate_head("cross_entropy", hidden, weight)
+    if targets.shape != hidden.shape[:1]:
         raise ValueError(f"cross_entropy: expected targets of shape ({hidden.shape[0]},), got {tuple(targets.shape)}")
     counted = targets != ignore_index
     if not counted.any():
@@ -126,6 +123,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy, lse.float()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         dhidden, dweight = _backward_op(*grads, *ctx.saved_tensors, ctx.temperature)
         return dhidden, dweight, None, None
@@ -140,6 +138,7 @@ class _LogitsLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, logprob_grad, entropy_grad):
         return _logits_backward_op(logprob_grad, entropy_grad, *ctx.saved_tensors, ctx.temperature), None, None
 
@@ -161,7 +160,7 @@ def _chunks(N, V):
 
 def _fused(hidden):
     """Whether the kernels that never form the logits take it: bf16, on a CPU that multiplies bf16."""
-    return hidden.dtype == torch.bfloat16 and hidden.shape[1] % 32 == 0 and _C.has_head()
+    return hidden.dtype == torch.bfloat16 and hidden.shape[1] and hidden.shape[1] % 32 == 0 and _C.has_head()
 
 
 def _head(is_backward, hidden, weight, targets, temperature, logprobs, entropy, lse, grads, results):
@@ -226,6 +225,14 @@ def _logits_backward_cpu(logprob_grad, entropy_grad, logits, targets, entropy, l
     grads = logprob_grad.contiguous(), entropy_grad.contiguous(), torch.zeros_like(logprob_grad)
     _reduce(True, grad, targets.contiguous(), temperature, lse, entropy, lse, grads)
     return grad
+
+
+def _validate_head(op, hidden, weight):
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
+        raise ValueError(
+            f"{op}: expected hidden of shape (N, C) and weight of shape (V, C), "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
 
 
 def _validate(op, rows, targets, temperature):

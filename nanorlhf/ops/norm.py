@@ -75,6 +75,7 @@ class _RmsNorm(torch.autograd.Function):
         return y if residual is None else (y, total)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dtotal=None):
         x, weight, scale = ctx.saved_tensors
         if dy is None:

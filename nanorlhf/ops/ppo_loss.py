@@ -116,6 +116,7 @@ class _Half(torch.autograd.Function):
         return terms[0].clone(), terms
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, _):
         return ctx.saved_tensors[0] * dloss, None, None, None, None, None
 

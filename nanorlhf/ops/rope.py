@@ -102,6 +102,7 @@ class _Rope(torch.autograd.Function):
         return out[:, :heads], out[:, heads:], v.view_as(v)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk, dv):
         positions, *norm = ctx.saved_tensors
         heads, keys = dq.shape[1], dq.shape[1] + dk.shape[1]

@@ -37,6 +37,7 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         return _backward_op(ctx.saved_tensors[0], dy)
 

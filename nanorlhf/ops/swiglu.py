@@ -41,6 +41,7 @@ class _Swiglu(torch.autograd.Function):
         return _forward_op(gate, up)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         return _backward_op(dout, *ctx.saved_tensors).chunk(2, 1)
 
