@@ -17,9 +17,10 @@ from every_op import everything, same, tasks
 
 
 def python(code, seconds=60):
-    done = subprocess.run([sys.executable, "-c", f"{IMPORTS}\n{code}"], capture_output=True, text=True, timeout=seconds, cwd=HERE)
+    """What a Python of its own prints that runs the code: "held" once it came to its end, with every assertion in it."""
+    done = subprocess.run([sys.executable, "-c", f"{IMPORTS}\n{code}\nprint('held')"], capture_output=True, text=True, timeout=seconds, cwd=HERE)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.strip()
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -38,12 +39,12 @@ for _ in range(3):
     assert os.waitpid(child, 0)[1] == 0
     assert same(everything(), expected) and torch.get_num_threads() == {threads}
 """
-    python(code)
+    assert python(code) == "held"
 
 
 @needs_fork
 def test_forked_workers_and_their_children_compute():
-    python("""
+    assert python("""
 torch.set_num_threads(2)
 expected = everything()
 def grandchild(_):
@@ -59,12 +60,12 @@ workers = [Worker() for _ in range(2)]
 for w in workers: w.start()
 for w in workers: w.join()
 assert [w.exitcode for w in workers] == [0, 0]
-""")
+""") == "held"
 
 
 @needs_fork
 def test_a_fork_while_other_threads_compute_hangs_neither_side():
-    python("""
+    assert python("""
 torch.set_num_threads(2)
 expected, done = everything(), threading.Event()
 def work():
@@ -79,7 +80,7 @@ for _ in range(5):
     assert same(everything(), expected)
 done.set()
 busy.join()
-""")
+""") == "held"
 
 
 def test_one_thread_starts_no_other():
@@ -87,16 +88,16 @@ def test_one_thread_starts_no_other():
     pytest.importorskip("resource")
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("threads are counted in /proc")
-    python("""
+    assert python("""
 torch.set_num_threads(1)
 before = tasks()
 everything()
 assert tasks() == before, (before, tasks())
-""")
+""") == "held"
 
 
 def test_callers_at_once_get_what_each_gets_alone():
-    python("""
+    assert python("""
 torch.set_num_threads(2)
 expected, wrong = everything(), []
 def work():
@@ -106,4 +107,4 @@ callers = [threading.Thread(target=work) for _ in range(4)]
 for t in callers: t.start()
 for t in callers: t.join()
 assert not wrong
-""")
+""") == "held"
