@@ -19,7 +19,8 @@ KEPT_BYTES = 128 << 20  # kept for the gradient up to this size
 
 def reduce_logits(is_backward, logits, targets, temperature, logprobs, entropy, lse, grads):
     """One native pass over contiguous logits. All vectors are contiguous slices of (N,)."""
-    module, lane = backend.native(logits)
+    whole = is_backward or backend.is_deterministic()  # else few rows are cut up, and then round otherwise than many
+    module, lane = backend.native(logits, None if whole else lambda m: m.loss_workspace(*logits.shape))
     module.loss(
         is_backward, logits.shape[0], logits.shape[1], logits.stride(0), backend.DTYPES[logits.dtype],
         logits.data_ptr(), targets.data_ptr(), temperature, logprobs.data_ptr(), entropy.data_ptr(), lse.data_ptr(),

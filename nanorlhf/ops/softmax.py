@@ -45,9 +45,10 @@ def _call(is_backward, x, dy):
     x, dy = x.contiguous(), dy.contiguous()
     out = x.new_empty(x.shape)
     if x.numel():
-        module, lane = backend.native(x)
+        size = x.numel() // x.shape[-1], x.shape[-1]
+        module, lane = backend.native(x, None if is_backward else lambda m: m.softmax_workspace(*size))
         module.softmax(
-            is_backward, x.numel() // x.shape[-1], x.shape[-1], backend.DTYPES[x.dtype],
+            is_backward, *size, backend.DTYPES[x.dtype],
             x.data_ptr(), dy.data_ptr(), out.data_ptr(), lane,
         )  # fmt: skip
     return out
