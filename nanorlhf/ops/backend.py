@@ -39,7 +39,7 @@ if not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
 
 _C.isa()  # an NANORLHF_ISA that cannot be had is an error now, not in the middle of a run
 
-_forced, _deterministic, _emulated = "auto", False, None
+_forced, _deterministic, _emulated, _poisoned = "auto", False, None, False
 _verdicts = {}  # (op, device, dtype) -> (ok, reason) of what ``auto`` has found out about the CUDA kernels
 
 
@@ -87,10 +87,17 @@ def is_deterministic():
 
 
 def emulate(module):
-    """From now on ``module``, a build of the CUDA kernels for the host, runs the ops that it has on CPU tensors, and where a
-    workspace is asked for it holds NaN; None ends it. For the tests. Returns the one before."""
+    """From now on ``module``, a build of the CUDA kernels for the host, runs the ops that it has on CPU tensors, in
+    workspaces full of NaN; None ends it. For the tests. Returns the one before."""
     global _emulated
     before, _emulated = _emulated, module
+    return before
+
+
+def poison(on):
+    """Whether workspaces hold NaN, as they do where kernels are emulated; returns the setting before."""
+    global _poisoned
+    before, _poisoned = _poisoned, on
     return before
 
 
@@ -105,15 +112,20 @@ def native(x, workspace=None):
     _cuda a Lane. workspace: how many bytes of the device's memory the call needs, or a function of _cuda that says so."""
     if on_cpu(x):
         return _C, torch.get_num_threads()
-    module = _cuda if _emulated is None else _emulated
+    module = native_module()
     size = workspace(module) if callable(workspace) else workspace or 0
     device, stream = (x.get_device(), torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (0, 0)
     memory = torch.empty(size, dtype=torch.uint8, device=x.device)
-    if _emulated is not None:
+    if _poisoned or _emulated is not None:
         memory.fill_(255)
     lane = Lane((device, stream, memory.data_ptr(), size))
     lane.workspace = memory
     return module, lane
+
+
+def native_module():
+    """_cuda or what stands in for it, or None."""
+    return _cuda if _emulated is None else _emulated
 
 
 def on_cpu(x):
@@ -160,7 +172,7 @@ def runnable(backend, device, dtype, op=None):
 
 
 def _runnable_cuda(device, dtype, op):
-    module = _cuda if _emulated is None else _emulated
+    module = native_module()
     missing = [] if op is None or module is None else [f for f in KERNELS[SHARED.get(op, op)] if not hasattr(module, f)]
     if _emulated is None and _cuda is None:
         return False, why_not_built()
@@ -194,12 +206,12 @@ def use_native(op, x):
     on_gpu = x.is_cuda or _emulated is not None
     if _deterministic:
         ok, reason = (False, "NANORLHF_BACKEND=reference") if _forced == "reference" else \
-            _trusted(op, x) if on_gpu and _forced == "auto" else runnable("cuda" if on_gpu else "cpu", x.device, x.dtype, op)
+            _trusted(op, x.device, x.dtype) if on_gpu and _forced == "auto" else runnable("cuda" if on_gpu else "cpu", x.device, x.dtype, op)
         if not ok:
             kernels = "CUDA" if on_gpu else "CPU"
             raise ValueError(f"{op}: deterministic needs the {kernels} kernels, and they cannot run here: {reason}")
     if _forced == "auto":
-        return _trusted(op, x)[0] if on_gpu else x.device.type == "cpu" and x.dtype in DTYPES
+        return _trusted(op, x.device, x.dtype)[0] if on_gpu else x.device.type == "cpu" and x.dtype in DTYPES
     if _forced == "reference":
         return False
     ok, reason = runnable(_forced, x.device, x.dtype, op)
@@ -208,18 +220,18 @@ def use_native(op, x):
     return True
 
 
-def _trusted(op, x):
+def _trusted(op, device, dtype):
     """(ok, reason) for ``auto`` on a GPU: the kernel can run and has agreed with the reference there."""
-    key = op, x.device, x.dtype
+    key = op, device, dtype
     if _emulated is None and key in _verdicts:
         return _verdicts[key]
-    ok, reason = _runnable_cuda(x.device, x.dtype, op)
-    if not ok or _emulated is not None:
+    ok, reason = _runnable_cuda(device, dtype, op)
+    if not ok or _emulated is not None or not KERNELS[SHARED.get(op, op)]:
         return ok, reason
     from nanorlhf.ops import trust  # which calls the ops
 
-    ok, reason = trust.verdict(SHARED.get(op, op), x.device)
-    if ok is not None:  # else it could not be tried now
+    ok, reason, settled = trust.verdict(SHARED.get(op, op), device)
+    if settled:
         _verdicts[key] = ok, reason
     return ok, reason
 
@@ -241,14 +253,17 @@ def define(schema, run, fake):
 
 
 def table():
-    """Rows (backend, device, dtype, ok, reason): what ``nanorlhf doctor`` prints."""
-    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
-    return [
-        (backend, str(device), str(dtype).removeprefix("torch."), *runnable(backend, device, dtype))
-        for device in devices
-        for backend in BACKENDS[1:]
-        for dtype in DTYPES
-    ]
+    """Rows (op, backend, device, ok, reason): what ``nanorlhf doctor`` prints. The CUDA kernels are checked for it."""
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    rows = []
+    for op in KERNELS:
+        for backend in BACKENDS[1:]:
+            for device in gpus or [torch.device("cpu")] if backend == "cuda" else [torch.device("cpu")]:
+                ok, reason = runnable(backend, device, torch.float32, op)
+                if ok and backend == "cuda":
+                    ok, reason = _trusted(op, device, torch.float32)
+                rows.append((op, backend, str(device), ok, reason))
+    return rows
 
 
 def cpu_features():

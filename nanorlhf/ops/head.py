@@ -63,7 +63,7 @@ def backward(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, entr
     columns = max(128, BLOCK_BYTES // (4 * N) // 128 * 128)
     for start in range(0, V, columns):
         words = weight[start : start + columns]
-        slopes = kept[:, start : start + columns].clone(memory_format=torch.contiguous_format) if len(kept) else _logits(hidden, words)
+        slopes = kept[:, start : start + columns].clone(memory_format=torch.contiguous_format) if len(kept) else _product(hidden, words.T)
         reduce_logits(True, slopes, none, temperature, lse, entropy, lse, grads)
         at = (targets - start)[:, None]
         column = at.clamp(0, len(words) - 1)
