@@ -100,7 +100,7 @@ DEVICE void rows_times_rows(float (&s)[M][N8][4], const bf16* a, int a_row, cons
     const int lane = threadIdx.x % WARP, in = lane % 8, part = lane / 8;
     const int of_a = place_of<DP>(lane % 16, lane / 16), of_b = place_of<DP>((part >> 1) * 8 + in, part & 1);
     clear(s);
-#pragma unroll
+#pragma unroll 4
     for (int k = 0; k < DP / 8; k += 2) {
         uint32_t x[M][4], y[4];
 #pragma unroll
