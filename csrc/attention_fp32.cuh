@@ -25,7 +25,7 @@ DEVICE Source source_of(const Rows& rows, int first, int head, int count, int64_
 // TILE rows from `first` on, COLUMNS columns from `column` on; zeros past the last row and past D.
 template <int COLUMNS, bool ALIGNED>
 DEVICE void load_slice(float* to, int step, const Source& from, int first, int column) {
-#pragma unroll 4
+#pragma unroll 1
     for (int index = threadIdx.x; index < TILE * COLUMNS / 4; index += THREADS) {
         const int row = index / (COLUMNS / 4), d = column + index % (COLUMNS / 4) * 4;
         const bool valid = first + row < from.count && d < from.head_dim;
@@ -64,7 +64,7 @@ DEVICE void rows_times_rows(float (&s)[4][4], const Source& a, int a_first, cons
         __syncthreads();
         if (slice + 1 < slices) load(slice + 1);
         const float *rows = stages + (slice & 1) * STAGE + y * SLICE_STEP, *columns = stages + (slice & 1) * STAGE + (TILE + x) * SLICE_STEP;
-#pragma unroll
+#pragma unroll 4
         for (int k = 0; k < SLICE; k += 4) {
             Pack<float> p[4], q[4];
 #pragma unroll
@@ -101,7 +101,7 @@ DEVICE void weights_times_rows(float (&sum)[DP / TILE][4][4], const float (&weig
         if (c + 1 < DP / TILE) load_slice<TILE, ALIGNED>(stages + (c + 1 & 1) * STAGE, TILE_STEP, b, first, (c + 1) * TILE);
         cp_async_commit();
         const float *rows = weights + y * TILE_STEP, *columns = stages + (c & 1) * STAGE + x * 4;
-#pragma unroll 4
+#pragma unroll 2
         for (int k = 0; k < TILE; k += 4) {
             Pack<float> p[4], q[4];
 #pragma unroll

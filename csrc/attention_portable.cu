@@ -141,15 +141,9 @@ attention_forward_kernel(const __grid_constant__ AttentionProblem p, const Atten
         cp_async_commit();
         if (active) {
             weigh(s, o, softmax);
-            uint32_t weights[M][KEYS / 16][4];
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int n = 0; n < KEYS / 16; ++n) {
-                    to_operand(weights[m][n], s[m][2 * n], s[m][2 * n + 1]);
-                    mma_m16n8k16(softmax.total[m], weights[m][n], ONES, ONES);
-                }
-            weights_times_rows<DP>(o, weights, v_tile);
+            weights_times_rows<DP>(o, s, v_tile, 0, [&](int m, const uint32_t (&weights)[4]) {
+                mma_m16n8k16(softmax.total[m], weights, ONES, ONES);
+            });
         }
     }
 

@@ -102,7 +102,6 @@ gradient_of_keys(const __grid_constant__ Backward b) {
             const bf16 *q_tile = reinterpret_cast<const bf16*>(stages + stage * F::STAGE), *dout_tile = q_tile + F::QUERIES * DP;
             const float *lse2 = stats + stage * 2 * F::QUERIES + 2 * (lane % 4), *delta = lse2 + F::QUERIES;
             float s[M][Q8][4], dp[M][Q8][4];
-            uint32_t weights[M][Q8 / 2][4];
             rows_times_rows<DP>(s, k_tile, own, q_tile);
             const bool diagonal = causal && key + 16 * M - 1 > query + offset;
             const int seen = query + offset + 2 * (lane % 4) - key - lane / 4;  // at least 0: the first query of n = 0 sees row g
@@ -123,11 +122,7 @@ gradient_of_keys(const __grid_constant__ Backward b) {
                         for (int i = 0; i < 4; ++i)
                             if (seen + n * 8 + i % 2 < m * 16 + i / 2 * 8) s[m][n][i] = 0;
             }
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int n = 0; n < Q8 / 2; ++n) to_operand(weights[m][n], s[m][2 * n], s[m][2 * n + 1]);
-            weights_times_rows<DP>(dv, weights, dout_tile, part * D8);
+            weights_times_rows<DP>(dv, s, dout_tile, part * D8);
             rows_times_rows<DP>(dp, v_tile, own, dout_tile);
 #pragma unroll
             for (int n = 0; n < Q8; ++n) {
@@ -137,11 +132,7 @@ gradient_of_keys(const __grid_constant__ Backward b) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) s[m][n][i] *= dp[m][n][i] - (i % 2 ? less.y : less.x);
             }
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int n = 0; n < Q8 / 2; ++n) to_operand(weights[m][n], s[m][2 * n], s[m][2 * n + 1]);
-            weights_times_rows<DP>(dk, weights, q_tile, part * D8);
+            weights_times_rows<DP>(dk, s, q_tile, part * D8);
         }
         if (threadIdx.x < 2 * F::QUERIES) stats[(stage ^ 1) * 2 * F::QUERIES + threadIdx.x] = coming;
     }
@@ -202,7 +193,6 @@ gradient_of_queries(const __grid_constant__ Backward b) {
         if (block * F::KEYS >= last) continue;
         const bf16 *k_tile = reinterpret_cast<const bf16*>(stages + (block & 1) * F::STAGE), *v_tile = k_tile + F::KEYS * DP;
         float s[M][N8][4], dp[M][N8][4];
-        uint32_t slopes[M][N8 / 2][4];
         rows_times_rows<DP>(s, q_tile, own, k_tile);
         rows_times_rows<DP>(dp, dout_tile, own, v_tile);
 #pragma unroll
@@ -224,15 +214,12 @@ gradient_of_queries(const __grid_constant__ Backward b) {
                 }
         }
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
+        for (int m = 0; m < M; ++m)
 #pragma unroll
             for (int n = 0; n < N8; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) s[m][n][i] *= dp[m][n][i] - delta[m][i / 2];
-#pragma unroll
-            for (int n = 0; n < N8 / 2; ++n) to_operand(slopes[m][n], s[m][2 * n], s[m][2 * n + 1]);
-        }
-        weights_times_rows<DP>(dq, slopes, k_tile);
+        weights_times_rows<DP>(dq, s, k_tile);
     }
     const AttentionTile whose = b.tiles[blockIdx.x % b.tile_count];
     float factor[M][2];
