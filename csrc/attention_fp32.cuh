@@ -101,21 +101,25 @@ DEVICE void weights_times_rows(float (&sum)[DP / TILE][4][4], const float (&weig
         if (c + 1 < DP / TILE) load_slice<TILE, ALIGNED>(stages + (c + 1 & 1) * STAGE, TILE_STEP, b, first, (c + 1) * TILE);
         cp_async_commit();
         const float *rows = weights + y * TILE_STEP, *columns = stages + (c & 1) * STAGE + x * 4;
+        float part[4][4] = {};  // added up by itself: a chain of additions over all tiles would cost digits
 #pragma unroll 2
         for (int k = 0; k < TILE; k += 4) {
-            Pack<float> p[4], q[4];
+            Pack<float> p[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                p[i] = load_pack(rows + i * 16 * TILE_STEP + k);
-                q[i] = load_pack(columns + (k + i) * TILE_STEP);
-            }
+            for (int i = 0; i < 4; ++i) p[i] = load_pack(rows + i * 16 * TILE_STEP + k);
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
+            for (int e = 0; e < 4; ++e) {
+                const Pack<float> q = load_pack(columns + (k + e) * TILE_STEP);
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
 #pragma unroll
-                    for (int d = 0; d < 4; ++d) sum[c][i][d] = fmaf(p[i].v[e], q[e].v[d], sum[c][i][d]);
+                    for (int d = 0; d < 4; ++d) part[i][d] = fmaf(p[i].v[e], q.v[d], part[i][d]);
+            }
         }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int d = 0; d < 4; ++d) sum[c][i][d] += part[i][d];
     }
     __syncthreads();  // weights and stages have been read
 }
