@@ -68,6 +68,13 @@ template <int PENDING>  // until at most this many of the warpgroup's groups are
 PTX void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
 }
+// The accumulators of a product that was waited for are read, or written before its start, on this side of here: the compiler
+// knows neither that wgmma writes them late nor what a wait stands for.
+template <int R>
+PTX void wgmma_hold(float (&d)[R]) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) asm volatile("" : "+f"(d[i]) :: "memory");
+}
 
 #define WGMMA_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define WGMMA_16(d, i) WGMMA_8(d, i), WGMMA_8(d, i + 8)
