@@ -24,23 +24,22 @@ struct Softmax {
     float scale;                       // above 0, for base 2
 };
 
-// What a row does not see becomes minus infinity. seen: the end of the keys that row g of the warp sees; `step` 1 if that grows
-// with the row.
+// What rows `row`, row + 8, ... do not see becomes minus infinity.
 template <int M, int N8>
-DEVICE void hide(float (&s)[M][N8][4], int first_key, int seen, int step, int keys) {
-    const int t = threadIdx.x % 4;
+DEVICE void hide(float (&s)[M][N8][4], const AttentionTile& tile, int row, int first_key, bool causal) {
+    const int behind = tile.keys - first_key - 2 * (threadIdx.x % 4), diagonal = row + 1 - tile.queries + behind;
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int own = seen + step * (m * 16 + i / 2 * 8), end = (own < keys ? own : keys) - first_key - 2 * t - i % 2;
+            const int end = (causal ? min(diagonal + m * 16 + i / 2 * 8, behind) : behind) - i % 2;
 #pragma unroll
             for (int n = 0; n < N8; ++n) s[m][n][i] = n * 8 < end ? s[m][n][i] : -INFINITY;
         }
 }
 
 // Scores become weights; the maximum of each row rises where it has to, and what has been added up is scaled down with it.
-template <bool MASKED, int M, int N8, int D8>
+template <int M, int N8, int D8>
 DEVICE void weigh(float (&s)[M][N8][4], float (&o)[M][D8][4], Softmax<M>& rows) {
     float shrink[M][2];
     bool any = false;
@@ -74,7 +73,7 @@ DEVICE void weigh(float (&s)[M][N8][4], float (&o)[M][D8][4], Softmax<M>& rows) 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float maximum = rows.maximum[m][half];
-            const float shift = MASKED && maximum == -INFINITY ? 0.f : maximum * rows.scale;
+            const float shift = maximum == -INFINITY ? 0.f : maximum * rows.scale;
 #pragma unroll
             for (int n = 0; n < N8; ++n)
 #pragma unroll
@@ -97,13 +96,11 @@ attention_forward_kernel(const __grid_constant__ AttentionProblem p, const Atten
     const Source k = source_of(p.k, tile.key, head / group, tile.keys, head_dim);
     const Source v = source_of(p.v, tile.key, head / group, tile.keys, head_dim);
 
-    // Rows of the warp: the first, the end of the keys that the first sees, and of those that any of its rows sees.
-    const int row = tile.row + own, step = p.causal ? 1 : 0;
-    const int seen = p.causal ? row + tile.keys - tile.queries + 1 : tile.keys;
-    const int rows = tile.queries - row < 16 * M ? tile.queries - row : 16 * M;
-    const int last = rows > 0 ? min(tile.end, seen + step * (rows - 1)) : 0;
-    const int seen_by_all = min(tile.keys, p.causal ? tile.row + tile.keys - tile.queries + 1 : tile.keys);
-    const int blocks = (tile.end + KEYS - 1) / KEYS, whole = seen_by_all > 0 ? seen_by_all / KEYS : 0;
+    // The end of the keys that any of the warp's rows sees; blocks, and those that all of the tile's rows see whole.
+    const int offset = tile.keys - tile.queries, end_row = min(tile.queries, tile.row + own + 16 * M);
+    const int last = tile.row + own < end_row ? p.causal ? min(tile.end, end_row + offset) : tile.end : 0;
+    const int blocks = (tile.end + KEYS - 1) / KEYS;
+    const int whole = (p.causal ? max(0, min(tile.keys, tile.row + offset + 1)) : tile.keys) / KEYS;
 
     Softmax<M> softmax;
     const float size = fabsf(p.scale);  // the sign goes to the queries, so that the largest product is the largest score
@@ -123,7 +120,8 @@ attention_forward_kernel(const __grid_constant__ AttentionProblem p, const Atten
         cp_async_commit();
         if (p.scale < 0) negate_rows<DP, F::QUERIES, THREADS>(q_tile);
     }
-    const auto visit = [&](int block, auto masked) {
+#pragma unroll 1
+    for (int block = blocks - 1; block >= 0; --block) {
         const bool active = block * KEYS < last;
         float s[M][N8][4];
         cp_async_wait<0>();
@@ -132,14 +130,17 @@ attention_forward_kernel(const __grid_constant__ AttentionProblem p, const Atten
         cp_async_commit();
         if (active) {
             rows_times_rows<DP>(s, q_tile, own, k_tile);
-            if (decltype(masked)::value) hide(s, block * KEYS, seen + step * (lane / 4), step, tile.keys);
+            if (block >= whole) {
+                const AttentionTile whose = tiles[blockIdx.x % tile_count];  // read again: the loop needs the registers
+                hide(s, whose, whose.row + own + lane / 4, block * KEYS, p.causal);
+            }
         }
         cp_async_wait<0>();
         __syncthreads();  // the values are here, and the keys have been read
         if (block) load_rows<DP, KEYS, THREADS, ALIGNED>(k_tile, k, (block - 1) * KEYS);
         cp_async_commit();
         if (active) {
-            weigh<decltype(masked)::value>(s, o, softmax);
+            weigh(s, o, softmax);
             uint32_t weights[M][KEYS / 16][4];
 #pragma unroll
             for (int m = 0; m < M; ++m)
@@ -150,12 +151,7 @@ attention_forward_kernel(const __grid_constant__ AttentionProblem p, const Atten
                 }
             weights_times_rows<DP>(o, weights, v_tile);
         }
-    };
-    int block = blocks - 1;
-#pragma unroll 1
-    for (; block >= whole; --block) visit(block, std::true_type{});
-#pragma unroll 1
-    for (; block >= 0; --block) visit(block, std::false_type{});
+    }
 
     const AttentionTile whose = tiles[blockIdx.x % tile_count];  // read again: the loops need the registers
     const int first = whose.row + own;

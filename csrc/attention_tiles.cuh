@@ -49,7 +49,7 @@ DEVICE void load_rows(bf16* tile, const Source& from, int first) {
     constexpr int CHUNKS = DP / 8, STEP = THREADS / CHUNKS;
     if (ALIGNED && THREADS % (8 * CHUNKS) == 0 && ROWS % STEP == 0) {  // a thread's chunks lie in one column, evenly
         const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        const bf16* place = from.data + (first + row) * from.stride + chunk * 8;
+        const bf16* place = from.data + first * from.stride + (row * from.stride + chunk * 8);
         const int count = chunk * 8 < from.head_dim ? from.count - first - row : 0;
         bf16* to = tile + place_of<DP>(row, chunk);
 #pragma unroll
@@ -61,7 +61,7 @@ DEVICE void load_rows(bf16* tile, const Source& from, int first) {
     }
     for_chunks<DP, ROWS, THREADS>([&](int row, int chunk) {
         const bool valid = first + row < from.count && chunk * 8 < from.head_dim;
-        const bf16* place = from.data + (first + row) * from.stride + chunk * 8;
+        const bf16* place = from.data + ((first + row) * from.stride + chunk * 8);
         if (ALIGNED) {
             cp_async_16(tile + place_of<DP>(row, chunk), place, valid);
         } else {
