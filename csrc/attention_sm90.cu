@@ -15,8 +15,9 @@ struct Forward {
     static constexpr int CONSUMERS = D == 64 ? 3 : 2, QUERIES = CONSUMERS * GROUP_ROWS, KEYS = 128, STAGES = 2;
     static constexpr int THREADS = (CONSUMERS + 1) * GROUP;
     static constexpr int PRODUCER_REGISTERS = D == 64 ? 32 : 24, CONSUMER_REGISTERS = D == 64 ? 160 : 240;
-    // Of 16 exponentials so many by polynomial: with D = 64 the unit for them is as busy as the one for products.
-    static constexpr int POLYNOMIALS = D == 64 ? 4 : 0;
+    // Which of 16 exponentials are polynomials: with D = 64 the unit for them is as busy as the one for products, but so is
+    // soon the one that issues instructions.
+    static constexpr unsigned POLYNOMIALS = D == 64 ? 0x8020 : 0;
     static constexpr float GROWTH = 8;  // of the largest score, in base 2, that weights and sums take without rescaling
     static constexpr int Q_BYTES = TILE_BYTES<D, QUERIES>, KV_BYTES = TILE_BYTES<D, KEYS>;
     static constexpr int SHARED = Q_BYTES + 2 * STAGES * KV_BYTES + 128;
@@ -89,7 +90,7 @@ struct Softmax {
 #pragma unroll
         for (int i = 0; i < F::KEYS / 2; ++i) {
             const float x = fmaf(s[i], scale2, -shift[half_of(i)]);
-            s[i] = !FIRST && i / 2 % 8 >= 8 - F::POLYNOMIALS / 2 ? exp2_by_polynomial(x) : ex2(x);
+            s[i] = !FIRST && (F::POLYNOMIALS >> i % 16 & 1) ? exp2_by_polynomial(x) : ex2(x);
             sum[half_of(i)] += s[i];
         }
         total[0] += sum[0], total[1] += sum[1];
