@@ -178,7 +178,7 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, con
     }
     mbarrier_wait(&barriers.q, 0);
     mbarrier_wait(&barriers.k_full[place_of_use<S>(use)], parity_of_use<S>(use));
-    wgmma_hold(s), wgmma_fence();
+    wgmma_fence();
     rows_times_rows<D, F::QUERIES, F::KEYS>(s, q, shared.k + place_of_use<S>(use) * F::KV_BYTES);
     wgmma_commit();
     wgmma_wait<0>();
@@ -199,7 +199,7 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, con
         const int k_place = place_of_use<S>(use + 1), v_place = place_of_use<S>(use);
         mbarrier_wait(&barriers.k_full[k_place], parity_of_use<S>(use + 1));
         turn(use + 1);
-        wgmma_hold(s), wgmma_hold(o), wgmma_fence();
+        wgmma_hold(o), wgmma_fence();
         rows_times_rows<D, F::QUERIES, F::KEYS>(s, q, shared.k + k_place * F::KV_BYTES);
         wgmma_commit();
         mbarrier_wait(&barriers.v_full[v_place], parity_of_use<S>(use));

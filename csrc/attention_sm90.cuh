@@ -57,17 +57,18 @@ DEVICE void arrive_by_warp(uint64_t* barrier) {  // all lanes are done
 template <int D, int A_ROWS, int B_ROWS>
 DEVICE void rows_times_rows(float (&d)[B_ROWS / 2], const unsigned char* a, const unsigned char* b) {
     const uint64_t from_a = wgmma_descriptor(a), from_b = wgmma_descriptor(b);
+    wgmma_shared_first<false, false>(d, from_a, from_b);
 #pragma unroll
-    for (int k = 0; k < D / STEP_K; ++k)
+    for (int k = 1; k < D / STEP_K; ++k)
         wgmma_shared<false, false>(d, from_a + (k / 4 * A_ROWS * ROW_BYTES + k % 4 * 32) / 16,
-                                   from_b + (k / 4 * B_ROWS * ROW_BYTES + k % 4 * 32) / 16, k > 0);
+                                   from_b + (k / 4 * B_ROWS * ROW_BYTES + k % 4 * 32) / 16, true);
 }
 // d += weights b: weights of 64 rows by the tile's rows, in registers.
 template <int D, int ROWS>
-DEVICE void weights_times_rows(float (&d)[D / 2], const uint32_t (&weights)[ROWS / STEP_K][4], const unsigned char* b) {
+DEVICE void weights_times_rows(float (&d)[D / 2], const uint32_t (&weights)[ROWS / STEP_K][4], const unsigned char* b, bool accumulate = true) {
     const uint64_t from = wgmma_descriptor(b, D > 64 ? ROWS * ROW_BYTES : 16);
 #pragma unroll
-    for (int k = 0; k < ROWS / STEP_K; ++k) wgmma_registers<true>(d, weights[k], from + k * STEP_K * ROW_BYTES / 16, true);
+    for (int k = 0; k < ROWS / STEP_K; ++k) wgmma_registers<true>(d, weights[k], from + k * STEP_K * ROW_BYTES / 16, k > 0 || accumulate);
 }
 
 template <int R>

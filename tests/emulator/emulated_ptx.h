@@ -295,6 +295,10 @@ template <bool A_TRANSPOSED, bool B_TRANSPOSED, int R>
 PTX void wgmma_shared(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {
     emulator::here->products.open.push_back({d, 2 * R, false, A_TRANSPOSED, B_TRANSPOSED, accumulate, {}, a, b});
 }
+template <bool A_TRANSPOSED, bool B_TRANSPOSED, int R>
+PTX void wgmma_shared_first(float (&d)[R], uint64_t a, uint64_t b) {
+    wgmma_shared<A_TRANSPOSED, B_TRANSPOSED>(d, a, b, false);
+}
 template <bool B_TRANSPOSED, int R>
 PTX void wgmma_registers(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     emulator::here->products.open.push_back({d, 2 * R, true, false, B_TRANSPOSED, accumulate, {a[0], a[1], a[2], a[3]}, 0, b});
