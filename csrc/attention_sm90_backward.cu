@@ -102,6 +102,12 @@ DEVICE void produce_queries(const OfKeys<D>& shared, const CUtensorMap* q, const
     }
 }
 
+template <int COLUMNS>
+DEVICE void own_columns(float2 (&own)[COLUMNS / 8], const float* all) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 8; ++i) own[i] = *reinterpret_cast<const float2*>(all + 8 * i + threadIdx.x % 4 * 2);
+}
+
 // A consumer warpgroup: the gradients of its 64 keys and values.
 template <int D>
 DEVICE void consume_queries(const OfKeys<D>& shared, const BackwardProblem& p, const AttentionTile& tile, int kv_head, int group) {
@@ -132,18 +138,14 @@ DEVICE void consume_queries(const OfKeys<D>& shared, const BackwardProblem& p, c
         wgmma_fence();
         rows_times_rows<D, TILE, Q>(dp, v, shared.dout + place * O::Q_BYTES);
         wgmma_commit();
-        const auto& stats = shared.stats[place];
-        const int lanes_first = threadIdx.x % 4 * 2;
+        float2 stats[Q / 8];  // of the thread's columns
+        own_columns<Q>(stats, shared.stats[place].lse2);
         wgmma_wait<1>();
         wgmma_hold(s);
 #pragma unroll
-        for (int i = 0; i < Q / 2; i += 4) {
-            const float2 lse2 = *reinterpret_cast<const float2*>(&stats.lse2[column_of(i) + lanes_first]);
-#pragma unroll
-            for (int j = i; j < i + 4; ++j) s[j] = ex2(fmaf(s[j], p.scale2, j % 2 ? -lse2.y : -lse2.x));
-        }
+        for (int i = 0; i < Q / 2; ++i) s[i] = ex2(fmaf(s[i], p.scale2, i % 2 ? -stats[i / 4].y : -stats[i / 4].x));
         if (p.causal && at.block == first) {
-            const int unseen = own_row() - lanes_first;  // of the block's queries, by the upper row
+            const int unseen = own_row() - 2 * static_cast<int>(threadIdx.x % 4);  // of the block's queries, by the upper row
 #pragma unroll
             for (int i = 0; i < Q / 2; ++i) s[i] = column_of(i) < unseen + 8 * half_of(i) ? 0 : s[i];
         }
@@ -151,14 +153,11 @@ DEVICE void consume_queries(const OfKeys<D>& shared, const BackwardProblem& p, c
         wgmma_fence();
         weights_times_rows<D, Q>(dv, weights, shared.dout + place * O::Q_BYTES, before >= 0);
         wgmma_commit();
+        own_columns<Q>(stats, shared.stats[place].delta);
         wgmma_wait<1>();
         wgmma_hold(dp);
 #pragma unroll
-        for (int i = 0; i < Q / 2; i += 4) {
-            const float2 delta = *reinterpret_cast<const float2*>(&stats.delta[column_of(i) + lanes_first]);
-#pragma unroll
-            for (int j = i; j < i + 4; ++j) s[j] *= dp[j] - (j % 2 ? delta.y : delta.x);
-        }
+        for (int i = 0; i < Q / 2; ++i) s[i] *= dp[i] - (i % 2 ? stats[i / 4].y : stats[i / 4].x);
         to_weights<Q>(dscores, s);
         wgmma_fence();
         weights_times_rows<D, Q>(dk, dscores, shared.q + place * O::Q_BYTES, before >= 0);
