@@ -1,33 +1,43 @@
 // Attention's forward kernel for Hopper, bf16. A tile of queries stays in shared memory; keys and values come by the copy engine,
 // the last block of the sequence first, so that only a warpgroup's first block needs a mask. Scores of one block are computed
 // while the values of the block before are added, and warpgroups take turns to issue products, so that one's exponentials
-// run under another's products. Source: FlashAttention-3, arXiv 2407.08608, algorithm 2; rescaling only when the largest score
+// run under another's products. A block takes one item of work after the other, and loads the next while it computes. Source: FlashAttention-3, arXiv 2407.08608, algorithm 2; rescaling only when the largest score
 // has grown by a lot, and some exponentials by polynomials: FlashAttention-4.
 // A map's tiles have as many keys as queries here.
 #include "attention_sm90.cuh"
 
 #include <cudaTypedefs.h>
 
+#include <algorithm>
+
 namespace {
 
 template <int D>
 struct Forward {
-    static constexpr int CONSUMERS = D == 64 ? 3 : 2, QUERIES = CONSUMERS * GROUP_ROWS, KEYS = 128, STAGES = 2;
+    static constexpr int CONSUMERS = D == 64 ? 3 : 2, QUERIES = CONSUMERS * GROUP_ROWS, KEYS = 128, STAGES = D == 64 ? 4 : 3;
     static constexpr int THREADS = (CONSUMERS + 1) * GROUP;
-    static constexpr int PRODUCER_REGISTERS = D == 64 ? 32 : 24, CONSUMER_REGISTERS = D == 64 ? 160 : 240;
+    static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = D == 64 ? 160 : 232;
     // Which of 16 exponentials are polynomials: with D = 64 the unit for them is as busy as the one for products, but so is
     // soon the one that issues instructions.
     static constexpr unsigned POLYNOMIALS = D == 64 ? 0x8020 : 0;
     static constexpr float GROWTH = 8;  // of the largest score, in base 2, that weights and sums take without rescaling
     static constexpr int Q_BYTES = TILE_BYTES<D, QUERIES>, KV_BYTES = TILE_BYTES<D, KEYS>;
-    static constexpr int SHARED = Q_BYTES + 2 * STAGES * KV_BYTES + 128;
+    struct Barriers {
+        uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], landed;
+    };
+    struct alignas(16) Item {  // what the queries in shared memory are; row = -1: there are no more
+        AttentionTile tile;
+        int head;
+    };
+    static constexpr int SHARED = Q_BYTES + 2 * STAGES * KV_BYTES + sizeof(Item) + sizeof(Barriers);
 };
 
 struct ForwardProblem {
     const AttentionTile* tiles;
+    int32_t* taken;  // items of work beside each block's first one
     Rows out;
     double* lse;
-    int heads, group;
+    int items, heads, group;  // items: a tile's heads, then the next one's; all heads of a tile read the same memory at about one time
     bool causal;
     float scale2;  // of exponents in base 2
 };
@@ -36,13 +46,13 @@ template <int D>
 struct ForwardShared {
     using F = Forward<D>;
     unsigned char *q, *k, *v;
-    struct Barriers {
-        uint64_t q, k_full[F::STAGES], k_empty[F::STAGES], v_full[F::STAGES], v_empty[F::STAGES], landed;
-    }* barriers;
+    typename F::Item* item;
+    typename F::Barriers* barriers;
 
     DEVICE ForwardShared() {
         q = shared_memory(), k = q + F::Q_BYTES, v = k + F::STAGES * F::KV_BYTES;
-        barriers = reinterpret_cast<Barriers*>(v + F::STAGES * F::KV_BYTES);
+        item = reinterpret_cast<typename F::Item*>(v + F::STAGES * F::KV_BYTES);
+        barriers = reinterpret_cast<typename F::Barriers*>(item + 1);
     }
 };
 
@@ -104,79 +114,118 @@ struct Softmax {
     }
 };
 
-// The producer's warp: queries, then keys and values of blocks in the order in which they are used. Where the last block has
-// less keys than rows, the rows behind, which are another sequence's, are made zeros in the values; in the keys their scores are hidden.
+// The producer's warp: for each item keys and values of its blocks in the order in which they are used and, when the consumers
+// are done with those before, its queries. Where the last block has less keys than rows, the rows behind, which are another
+// sequence's, are made zeros in the values; in the keys their scores are hidden.
 template <int D>
-DEVICE void produce(const ForwardShared<D>& shared, const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
-                    const AttentionTile& tile, int head, int kv_head) {
+DEVICE void produce(const ForwardShared<D>& shared, const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v, const ForwardProblem& p) {
     using F = Forward<D>;
+    constexpr int S = F::STAGES;
     auto& barriers = *shared.barriers;
-    const int last = (tile.end + F::KEYS - 1) / F::KEYS - 1, beyond = tile.keys - last * F::KEYS;
     const bool leader = threadIdx.x % WARP == 0;
-    const auto load_keys = [&](int use) {
-        const int place = place_of_use<F::STAGES>(use);
-        mbarrier_wait(&barriers.k_empty[place], parity_of_use<F::STAGES>(use) ^ 1);
-        if (!leader) return;
-        mbarrier_arrive_expect(&barriers.k_full[place], F::KV_BYTES);
-        load_tile<D, F::KEYS>(shared.k + place * F::KV_BYTES, k, &barriers.k_full[place], kv_head, tile.key + (last - use) * F::KEYS);
-    };
-    if (leader) {
-        mbarrier_arrive_expect(&barriers.q, F::Q_BYTES);
-        load_tile<D, F::QUERIES>(shared.q, q, &barriers.q, head, tile.query + tile.row);
-    }
-    load_keys(0);
+    int use = 0, partials = 0, index = blockIdx.x;
 #pragma unroll 1
-    for (int use = 0; use <= last; ++use) {
-        if (use < last) load_keys(use + 1);
-        const int place = place_of_use<F::STAGES>(use);
-        const bool partial = use == 0 && beyond < F::KEYS;
-        uint64_t* const barrier = partial ? &barriers.landed : &barriers.v_full[place];
-        mbarrier_wait(&barriers.v_empty[place], parity_of_use<F::STAGES>(use) ^ 1);
+    for (int round = 0;; ++round) {
+        const AttentionTile* const tile = p.tiles + index / p.heads;
+        const int row = index < p.items ? tile->row : -1, blocks = row < 0 ? 0 : (tile->end + F::KEYS - 1) / F::KEYS;
+        const int head = index % p.heads, end = use + blocks;
+        const int left = blocks ? tile->keys - (blocks - 1) * F::KEYS : F::KEYS;  // of the keys from the last block's first on
+        int token = blocks ? tile->key + (blocks - 1) * F::KEYS : 0;
+        const auto load_block = [&](uint64_t* v_full) {
+            const int place = place_of_use<S>(use);
+            mbarrier_wait(&barriers.k_empty[place], parity_of_use<S>(use) ^ 1);
+            if (leader) {
+                mbarrier_arrive_expect(&barriers.k_full[place], F::KV_BYTES);
+                load_tile<D, F::KEYS>(shared.k + place * F::KV_BYTES, k, &barriers.k_full[place], head / p.group, token);
+            }
+            mbarrier_wait(&barriers.v_empty[place], parity_of_use<S>(use) ^ 1);
+            if (leader) {
+                mbarrier_arrive_expect(v_full, F::KV_BYTES);
+                load_tile<D, F::KEYS>(shared.v + place * F::KV_BYTES, v, v_full, head / p.group, token);
+            }
+        };
+        const bool partial = left < F::KEYS;
+        if (blocks) load_block(partial ? &barriers.landed : &barriers.v_full[place_of_use<S>(use)]);
+        mbarrier_wait(&barriers.q_empty, (round & 1) ^ 1);
         if (leader) {
-            mbarrier_arrive_expect(barrier, F::KV_BYTES);
-            load_tile<D, F::KEYS>(shared.v + place * F::KV_BYTES, v, barrier, kv_head, tile.key + (last - use) * F::KEYS);
+            if (row < 0) shared.item->tile.row = -1;
+            else *shared.item = {*tile, head};
+            if (blocks) {
+                mbarrier_arrive_expect(&barriers.q_full, F::Q_BYTES);
+                load_tile<D, F::QUERIES>(shared.q, q, &barriers.q_full, head, tile->query + row);
+            } else {
+                mbarrier_arrive(&barriers.q_full);
+            }
+            index = gridDim.x + atomicAdd(p.taken, 1);
         }
+        if (row < 0) return;
         if (partial) {
-            mbarrier_wait(barrier, 0);
-            zero_rows<D, F::KEYS>(shared.v, beyond);
-            arrive_by_warp(&barriers.v_full[place]);
+            mbarrier_wait(&barriers.landed, partials++ & 1);
+            zero_rows<D, F::KEYS>(shared.v + place_of_use<S>(use) * F::KV_BYTES, left);
+            arrive_by_warp(&barriers.v_full[place_of_use<S>(use)]);
         }
+#pragma unroll 1
+        for (++use, token -= F::KEYS; use < end; ++use, token -= F::KEYS) load_block(&barriers.v_full[place_of_use<S>(use)]);
+        use = end;
+        index = __shfl_sync(0xffffffffu, index, 0);
     }
 }
 
-// A consumer warpgroup: its 64 rows, of `groups` that have any.
+// Turns of the consumer groups at issuing products: one for each block of an item but the first.
+template <int CONSUMERS>
+DEVICE void await_turn(int group) {
+    bar_sync(1 + group, 2 * GROUP);
+}
+template <int CONSUMERS>
+DEVICE void pass_turn(int group) {
+    bar_arrive(1 + (group + 1 < CONSUMERS ? group + 1 : 0), 2 * GROUP);
+}
+
+// The group's rows of the result, from what the blocks gave.
 template <int D>
-DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, const AttentionTile& tile, int head, int group, int groups) {
+DEVICE void finish(const ForwardShared<D>& shared, const ForwardProblem& p, const Softmax<D>& softmax, const float (&o)[D / 2], int group) {
+    using F = Forward<D>;
+    const AttentionTile& tile = shared.item->tile;
+    const int row = tile.row + group * GROUP_ROWS, left = tile.queries - row, head = shared.item->head;
+    if (threadIdx.x % 4 == 0)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (own_row() + 8 * half < left)
+                p.lse[static_cast<int64_t>(tile.query + row + own_row() + 8 * half) * p.heads + head] =
+                    (static_cast<double>(softmax.shift[half]) + static_cast<double>(lg2(softmax.total[half]))) * 0.69314718055994530942;
+    bar_sync(4 + group, GROUP);  // the products of all four warps have read the queries
+    store_rows<D, F::QUERIES>(row_at(p.out, tile.query + row, head), p.out.token_stride, left, o, __fdividef(1.f, softmax.total[0]),
+                              __fdividef(1.f, softmax.total[1]), shared.q + group * GROUP_ROWS * ROW_BYTES);
+}
+
+// A consumer warpgroup: its 64 rows of an item. Uses of keys and values are counted from `before`.
+template <int D>
+DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, int group, int before, int blocks) {
     using F = Forward<D>;
     constexpr int S = F::STAGES;
     auto& barriers = *shared.barriers;
     unsigned char* const q = shared.q + group * GROUP_ROWS * ROW_BYTES;
-    const int row = tile.row + group * GROUP_ROWS, last = (tile.end + F::KEYS - 1) / F::KEYS - 1;
-    const int first = p.causal ? row / F::KEYS : last;  // the only block with keys that some rows do not see
-    // Turns at issuing products, one a block but for the tile's first, in a ring of the groups.
-    const auto turn = [&](int use) {
-        if (groups > 1 && (group || use > 1)) bar_sync(1 + group, 2 * GROUP);
-    };
-    const auto pass = [&](int use) {
-        if (groups > 1 && (group < groups - 1 || use < last)) bar_arrive(1 + (group + 1 < groups ? group + 1 : 0), 2 * GROUP);
-    };
+    const AttentionTile& tile = shared.item->tile;
+    const int row = tile.row + group * GROUP_ROWS, end = before + blocks;
+    // The only block with keys that some rows do not see; those behind it none of the rows sees.
+    const int first = row >= tile.queries ? -1 : p.causal ? row / F::KEYS : blocks - 1;
 
-    float s[F::KEYS / 2], o[D / 2], rescale[2];
-    uint32_t weights[F::KEYS / STEP_K][4];
-    Softmax<D> softmax(p.scale2);
-    clear(o);
-
-    int use = 0;
+    int use = before;
 #pragma unroll 1
-    for (; use < last - first; ++use) {  // blocks that none of the rows sees
+    for (; use < end - 1 - first; ++use) {
         const int place = place_of_use<S>(use);
         mbarrier_wait(&barriers.k_full[place], parity_of_use<S>(use));
         arrive_by_warp(&barriers.k_empty[place]);
         mbarrier_wait(&barriers.v_full[place], parity_of_use<S>(use));
         arrive_by_warp(&barriers.v_empty[place]);
-        turn(use + 1), pass(use + 1);
+        if (use < end - 1) await_turn<F::CONSUMERS>(group), pass_turn<F::CONSUMERS>(group);
     }
-    mbarrier_wait(&barriers.q, 0);
+    if (first < 0) return;
+
+    float s[F::KEYS / 2], o[D / 2], rescale[2];
+    uint32_t weights[F::KEYS / STEP_K][4];
+    Softmax<D> softmax(p.scale2);
+    clear(o);
     mbarrier_wait(&barriers.k_full[place_of_use<S>(use)], parity_of_use<S>(use));
     wgmma_fence();
     rows_times_rows<D, F::QUERIES, F::KEYS>(s, q, shared.k + place_of_use<S>(use) * F::KV_BYTES);
@@ -185,8 +234,9 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, con
     wgmma_hold(s);
     arrive_by_warp(&barriers.k_empty[place_of_use<S>(use)]);
     {
-        const int before = first * F::KEYS + 2 * static_cast<int>(threadIdx.x % 4), there = tile.keys - before;
-        const int seen = p.causal ? min(there, row + own_row() + 1 - before) : there, seen_below = p.causal ? min(there, row + own_row() + 9 - before) : there;
+        const int lane_first = first * F::KEYS + 2 * static_cast<int>(threadIdx.x % 4), there = tile.keys - lane_first;
+        const int seen = p.causal ? min(there, row + own_row() + 1 - lane_first) : there;
+        const int seen_below = p.causal ? min(there, row + own_row() + 9 - lane_first) : there;
 #pragma unroll
         for (int i = 0; i < F::KEYS / 2; ++i)
             s[i] = column_of(i) < (half_of(i) ? seen_below : seen) ? s[i] : -INFINITY;
@@ -195,10 +245,10 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, con
     to_weights<F::KEYS>(weights, s);
 
 #pragma unroll 1
-    for (; use < last; ++use) {
+    for (; use < end - 1; ++use) {
         const int k_place = place_of_use<S>(use + 1), v_place = place_of_use<S>(use);
         mbarrier_wait(&barriers.k_full[k_place], parity_of_use<S>(use + 1));
-        turn(use + 1);
+        await_turn<F::CONSUMERS>(group);
         wgmma_hold(o), wgmma_fence();
         rows_times_rows<D, F::QUERIES, F::KEYS>(s, q, shared.k + k_place * F::KV_BYTES);
         wgmma_commit();
@@ -206,7 +256,7 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, con
         wgmma_fence();
         weights_times_rows<D, F::KEYS>(o, weights, shared.v + v_place * F::KV_BYTES);
         wgmma_commit();
-        pass(use + 1);
+        pass_turn<F::CONSUMERS>(group);
         wgmma_wait<1>();
         wgmma_hold(s);
         arrive_by_warp(&barriers.k_empty[k_place]);
@@ -226,17 +276,35 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, con
     softmax.finish();
     wgmma_wait<0>();
     wgmma_hold(o);
+    arrive_by_warp(&barriers.v_empty[place_of_use<S>(use)]);
+    finish<D>(shared, p, softmax, o, group);
+}
 
-    const int left = tile.queries - row;
-    if (threadIdx.x % 4 == 0)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            if (own_row() + 8 * half < left)
-                p.lse[static_cast<int64_t>(tile.query + row + own_row() + 8 * half) * p.heads + head] =
-                    (static_cast<double>(softmax.shift[half]) + static_cast<double>(lg2(softmax.total[half]))) * 0.69314718055994530942;
-    bar_sync(4 + group, GROUP);  // the products of all four warps have read the queries
-    store_rows<D, F::QUERIES>(row_at(p.out, tile.query + row, head), p.out.token_stride, left, o, __fdividef(1.f, softmax.total[0]),
-                              __fdividef(1.f, softmax.total[1]), q);
+// Items one after the other, until there are no more.
+template <int D>
+DEVICE void consume_all(const ForwardShared<D>& shared, const ForwardProblem& p, int group) {
+    using F = Forward<D>;
+    const AttentionTile& tile = shared.item->tile;
+    if (group == F::CONSUMERS - 1) pass_turn<F::CONSUMERS>(group);
+    int before = 0;
+#pragma unroll 1
+    for (int round = 0;; ++round) {
+        mbarrier_wait(&shared.barriers->q_full, round & 1);
+        if (tile.row < 0) break;
+        const int blocks = (tile.end + F::KEYS - 1) / F::KEYS;
+        if (tile.poisoned) {
+            const int first = tile.row + group * GROUP_ROWS, count = min(GROUP_ROWS, tile.queries - first), head = shared.item->head;
+            poison_rows(row_at(p.out, tile.query + first, head), p.out.token_stride, count, D);
+            for (int i = threadIdx.x % GROUP; i < count; i += GROUP)
+                p.lse[static_cast<int64_t>(tile.query + first + i) * p.heads + head] = NAN;
+        } else {
+            consume<D>(shared, p, group, before, blocks);
+        }
+        before += blocks;
+        fence_async();  // the next queries come where the result went through
+        arrive_by_warp(&shared.barriers->q_empty);
+    }
+    if (group == 0) await_turn<F::CONSUMERS>(group);  // what the last group has passed
 }
 
 template <int D>
@@ -244,23 +312,14 @@ __global__ void __launch_bounds__(Forward<D>::THREADS, 1)
 attention_forward_sm90_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
                               const __grid_constant__ CUtensorMap v, const __grid_constant__ ForwardProblem p) {
     using F = Forward<D>;
-    const int head = blockIdx.x % p.heads;
-    const AttentionTile tile = p.tiles[blockIdx.x / p.heads];
-    if (tile.row < 0) return;
-    if (tile.poisoned) {
-        const int first = tile.query + tile.row, count = min(F::QUERIES, tile.queries - tile.row);
-        poison_rows(row_at(p.out, first, head), p.out.token_stride, count, D);
-        for (int i = threadIdx.x; i < count; i += F::THREADS) p.lse[static_cast<int64_t>(first + i) * p.heads + head] = NAN;
-        return;
-    }
     const ForwardShared<D> shared;
     auto& barriers = *shared.barriers;
-    const int groups = min(F::CONSUMERS, (tile.queries - tile.row + GROUP_ROWS - 1) / GROUP_ROWS), group = own_group();
+    const int group = own_group();
     if (threadIdx.x == 0) {
-        mbarrier_init(&barriers.q, 1), mbarrier_init(&barriers.landed, 1);
+        mbarrier_init(&barriers.q_full, 1), mbarrier_init(&barriers.landed, 1), mbarrier_init(&barriers.q_empty, 4 * F::CONSUMERS);
         for (int i = 0; i < F::STAGES; ++i) {
             mbarrier_init(&barriers.k_full[i], 1), mbarrier_init(&barriers.v_full[i], 1);
-            mbarrier_init(&barriers.k_empty[i], 4 * groups), mbarrier_init(&barriers.v_empty[i], 4 * groups);
+            mbarrier_init(&barriers.k_empty[i], 4 * F::CONSUMERS), mbarrier_init(&barriers.v_empty[i], 4 * F::CONSUMERS);
         }
         mbarrier_init_fence();
         tma_prefetch(&q), tma_prefetch(&k), tma_prefetch(&v);
@@ -268,10 +327,10 @@ attention_forward_sm90_kernel(const __grid_constant__ CUtensorMap q, const __gri
     __syncthreads();
     if (group == 0) {
         registers_down<F::PRODUCER_REGISTERS>();
-        if (threadIdx.x < WARP) produce<D>(shared, &q, &k, &v, tile, head, head / p.group);
+        if (threadIdx.x < WARP) produce<D>(shared, &q, &k, &v, p);
     } else {
         registers_up<F::CONSUMER_REGISTERS>();
-        if (group <= groups) consume<D>(shared, p, tile, head, group - 1, groups);
+        consume_all<D>(shared, p, group - 1);
     }
 }
 
@@ -304,6 +363,13 @@ CUtensorMap sm90::tensor_map(const Rows& from, int64_t tokens, int64_t heads, in
     return map;
 }
 
+int sm90::multiprocessors() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device), "attention");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "attention");
+    return count;
+}
+
 namespace gpu {
 
 bool attention_sm90_takes(const AttentionProblem& p) {
@@ -319,9 +385,11 @@ void attention_forward_sm90(const AttentionProblem& p, int64_t tokens, const Til
         const CUtensorMap q = sm90::tensor_map(p.q, tokens, p.heads, p.head_dim, rows);
         const CUtensorMap k = sm90::tensor_map(p.k, tokens, p.kv_heads, p.head_dim, keys);
         const CUtensorMap v = sm90::tensor_map(p.v, tokens, p.kv_heads, p.head_dim, keys);
-        const ForwardProblem problem{queries.tiles, p.out, p.lse, static_cast<int>(p.heads), static_cast<int>(p.heads / p.kv_heads),
-                                     p.causal, p.scale * LOG2E};
-        launch(kernel, dim3(static_cast<unsigned>(queries.capacity * p.heads)), dim3(threads), shared, stream, "attention", q, k, v, problem);
+        const int64_t items = queries.capacity * p.heads;
+        const ForwardProblem problem{queries.tiles, queries.counters, p.out, p.lse, static_cast<int>(items), static_cast<int>(p.heads),
+                                     static_cast<int>(p.heads / p.kv_heads), p.causal, p.scale * LOG2E};
+        launch(kernel, dim3(static_cast<unsigned>(std::min<int64_t>(items, sm90::multiprocessors()))), dim3(threads), shared, stream,
+               "attention", q, k, v, problem);
     };
     const auto of = [&](auto shape, auto kernel) { run(kernel, shape.QUERIES, shape.KEYS, shape.THREADS, shape.SHARED); };
     p.head_dim == 64 ? of(Forward<64>(), attention_forward_sm90_kernel<64>) : of(Forward<128>(), attention_forward_sm90_kernel<128>);

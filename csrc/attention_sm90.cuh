@@ -112,9 +112,9 @@ DEVICE void store_rows(bf16* to, int64_t stride, int count, const float (&x)[D /
     __syncwarp();  // the room may be written again
 }
 
-// Where cu_seqlens are wrong.
+// A warpgroup: NaN where cu_seqlens are wrong.
 DEVICE void poison_rows(bf16* to, int64_t stride, int count, int head_dim) {
-    for (int i = threadIdx.x; i < count * head_dim; i += blockDim.x) to[i / head_dim * stride + i % head_dim] = {0x7fff};
+    for (int i = threadIdx.x % GROUP; i < count * head_dim; i += GROUP) to[i / head_dim * stride + i % head_dim] = {0x7fff};
 }
 
 DEVICE bf16* row_at(const Rows& rows, int64_t token, int head) {
@@ -127,5 +127,6 @@ namespace sm90 {
 
 // Loads of `rows` tokens' 64 columns of one head of (tokens, heads, D).
 CUtensorMap tensor_map(const Rows& from, int64_t tokens, int64_t heads, int64_t head_dim, int rows);
+int multiprocessors();  // of the current device
 
 }  // namespace sm90
