@@ -120,37 +120,39 @@ attention_forward_kernel(const __grid_constant__ AttentionProblem p, const Atten
         cp_async_commit();
         if (p.scale < 0) negate_rows<DP, F::QUERIES, THREADS>(q_tile);
     }
-#pragma unroll 1
-    for (int block = blocks - 1; block >= 0; --block) {
-        const bool active = block * KEYS < last;
-        float s[M][N8][4];
+    // Warps may wait for each other at different places, so the barrier has a number.
+    const auto load_values = [&](int block) {
         cp_async_wait<0>();
-        __syncthreads();  // the keys are here, and the values before these have been read
+        bar_sync(1, THREADS);  // the keys are here, and the values before these have been read
         load_rows<DP, KEYS, THREADS, ALIGNED>(v_tile, v, block * KEYS);
         cp_async_commit();
-        if (active) {
-            rows_times_rows<DP>(s, q_tile, own, k_tile);
-            if (block >= whole) {
-                const AttentionTile whose = tiles[blockIdx.x % tile_count];  // read again: the loop needs the registers
-                hide(s, whose, whose.row + own + lane / 4, block * KEYS, p.causal);
-            }
-        }
+    };
+    const auto load_keys = [&](int block) {
         cp_async_wait<0>();
-        __syncthreads();  // the values are here, and the keys have been read
-        if (block) load_rows<DP, KEYS, THREADS, ALIGNED>(k_tile, k, (block - 1) * KEYS);
+        bar_sync(1, THREADS);  // the values are here, and the keys have been read
+        if (block >= 0) load_rows<DP, KEYS, THREADS, ALIGNED>(k_tile, k, block * KEYS);
         cp_async_commit();
-        if (active) {
-            weigh(s, o, softmax);
-            uint32_t weights[M][KEYS / 16][4];
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int n = 0; n < KEYS / 16; ++n) {
-                    to_operand(weights[m][n], s[m][2 * n], s[m][2 * n + 1]);
-                    mma_m16n8k16(softmax.total[m], weights[m][n], ONES, ONES);
-                }
-            weights_times_rows<DP>(o, weights, v_tile);
+    };
+    int block = blocks - 1;
+#pragma unroll 1
+    for (; block >= 0 && block * KEYS >= last; --block) {  // the warp sees nothing of it
+        load_values(block);
+        load_keys(block - 1);
+    }
+#pragma unroll 1
+    for (; block >= 0; --block) {
+        float s[M][N8][4];
+        load_values(block);
+        rows_times_rows<DP>(s, q_tile, own, k_tile);
+        if (block >= whole) {
+            const AttentionTile whose = tiles[blockIdx.x % tile_count];  // read again: the loop needs the registers
+            hide(s, whose, whose.row + own + lane / 4, block * KEYS, p.causal);
         }
+        load_keys(block - 1);
+        weigh(s, o, softmax);
+        weights_times_rows<DP>(o, s, v_tile, 0, [&](int m, const uint32_t (&weights)[4]) {
+            mma_m16n8k16(softmax.total[m], weights, ONES, ONES);
+        });
     }
 
     const AttentionTile whose = tiles[blockIdx.x % tile_count];  // read again: the loops need the registers

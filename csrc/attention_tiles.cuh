@@ -100,7 +100,7 @@ DEVICE void rows_times_rows(float (&s)[M][N8][4], const bf16* a, int a_row, cons
     const int lane = threadIdx.x % WARP, in = lane % 8, part = lane / 8;
     const int of_a = place_of<DP>(lane % 16, lane / 16), of_b = place_of<DP>((part >> 1) * 8 + in, part & 1);
     clear(s);
-#pragma unroll
+#pragma unroll 4
     for (int k = 0; k < DP / 8; k += 2) {
         uint32_t x[M][4], y[4];
 #pragma unroll
@@ -123,22 +123,33 @@ DEVICE void to_operand(uint32_t (&a)[4], const float (&low)[4], const float (&hi
     a[2] = pack_bf16(high[0], high[1]), a[3] = pack_bf16(high[2], high[3]);
 }
 
-// sum += weights (the warp's rows by K16 * 16) times the first rows of `b`, for the N8 * 8 columns from chunk `first` on.
-template <int DP, int M, int K16, int N8>
-DEVICE void weights_times_rows(float (&sum)[M][N8][4], const uint32_t (&weights)[M][K16][4], const bf16* b, int first = 0) {
+// sum += weights, rounded to bf16, times the first rows of `b`, for the N8 * 8 columns from chunk `first` on. Calls beside(m, operand)
+// with the rounded weights of each 16 columns.
+template <int DP, int M, int K8, int N8, class F>
+DEVICE void weights_times_rows(float (&sum)[M][N8][4], const float (&weights)[M][K8][4], const bf16* b, int first, F&& beside) {
     const int lane = threadIdx.x % WARP, of_b = place_of<DP>(lane % 16, lane / 16);
 #pragma unroll
-    for (int k = 0; k < K16; ++k)
+    for (int k = 0; k < K8; k += 2) {
+        uint32_t x[M][4], y[4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            to_operand(x[m], weights[m][k], weights[m][k + 1]);
+            beside(m, x[m]);
+        }
 #pragma unroll
         for (int n = 0; n < N8; n += 2) {
-            uint32_t y[4];
-            ldmatrix_x4_trans(y, b + behind<DP>(of_b, first + n) + k * 16 * DP);
+            ldmatrix_x4_trans(y, b + behind<DP>(of_b, first + n) + k * 8 * DP);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                mma_m16n8k16(sum[m][n], weights[m][k], y[0], y[1]);
-                mma_m16n8k16(sum[m][n + 1], weights[m][k], y[2], y[3]);
+                mma_m16n8k16(sum[m][n], x[m], y[0], y[1]);
+                mma_m16n8k16(sum[m][n + 1], x[m], y[2], y[3]);
             }
         }
+    }
+}
+template <int DP, int M, int K8, int N8>
+DEVICE void weights_times_rows(float (&sum)[M][N8][4], const float (&weights)[M][K8][4], const bf16* b, int first = 0) {
+    weights_times_rows<DP>(sum, weights, b, first, [](int, const uint32_t (&)[4]) {});
 }
 
 // factor[m][half] * x becomes the warp's rows `row` on (of `to.count`), columns from chunk `first` on; `room` is a tile of which the
