@@ -16,7 +16,7 @@ template <int D>
 struct Forward {
     static constexpr int CONSUMERS = D == 64 ? 3 : 2, QUERIES = CONSUMERS * GROUP_ROWS, KEYS = 128, STAGES = D == 64 ? 4 : 3;
     static constexpr int THREADS = (CONSUMERS + 1) * GROUP;
-    static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = D == 64 ? 160 : 232;
+    static constexpr int PRODUCER_REGISTERS = D == 64 ? 32 : 40, CONSUMER_REGISTERS = D == 64 ? 160 : 232;
     // Which of 16 exponentials are polynomials: with D = 64 the unit for them is as busy as the one for products, but so is
     // soon the one that issues instructions.
     static constexpr unsigned POLYNOMIALS = D == 64 ? 0x8020 : 0;
@@ -24,10 +24,6 @@ struct Forward {
     static constexpr int Q_BYTES = TILE_BYTES<D, QUERIES>, KV_BYTES = TILE_BYTES<D, KEYS>;
     struct Barriers {
         uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], landed;
-    };
-    struct alignas(16) Item {  // what the queries in shared memory are; row = -1: there are no more
-        AttentionTile tile;
-        int head;
     };
     static constexpr int SHARED = Q_BYTES + 2 * STAGES * KV_BYTES + sizeof(Item) + sizeof(Barriers);
 };
@@ -46,12 +42,12 @@ template <int D>
 struct ForwardShared {
     using F = Forward<D>;
     unsigned char *q, *k, *v;
-    typename F::Item* item;
+    Item* item;  // whose queries they are
     typename F::Barriers* barriers;
 
     DEVICE ForwardShared() {
         q = shared_memory(), k = q + F::Q_BYTES, v = k + F::STAGES * F::KV_BYTES;
-        item = reinterpret_cast<typename F::Item*>(v + F::STAGES * F::KV_BYTES);
+        item = reinterpret_cast<Item*>(v + F::STAGES * F::KV_BYTES);
         barriers = reinterpret_cast<typename F::Barriers*>(item + 1);
     }
 };
@@ -82,12 +78,12 @@ struct Softmax {
     // Scores become weights; rescale: by what earlier sums must be multiplied. FIRST: there are none, and scores may be -infinity.
     template <bool FIRST>
     DEVICE void weigh(float (&s)[F::KEYS / 2], float (&rescale)[2]) {
-        float largest[2] = {s[0], s[2]};
+        float largest[4] = {s[0], s[2], s[1], s[3]};  // two of each row: one after the other they would take longer
 #pragma unroll
-        for (int i = 0; i < F::KEYS / 2; ++i) largest[half_of(i)] = max_nan(largest[half_of(i)], s[i]);
+        for (int i = 4; i < F::KEYS / 2; ++i) largest[half_of(i) + i % 2 * 2] = max_nan(largest[half_of(i) + i % 2 * 2], s[i]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float& x = largest[half];
+            float x = max_nan(largest[half], largest[half + 2]);
             x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
             x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
             const bool keep = !FIRST && (x - maximum[half]) * scale2 <= F::GROWTH;  // a NaN goes on

@@ -29,6 +29,12 @@ DEVICE uint32_t parity_of_use(int i) {
     return i / STAGES & 1;
 }
 
+// What a block works on: a head of a tile; row = -1: there is nothing more.
+struct alignas(16) Item {
+    AttentionTile tile;
+    int head, next;  // the latter: which item the block takes then
+};
+
 // One thread: a head's rows from `token` on.
 template <int D, int ROWS>
 DEVICE void load_tile(unsigned char* tile, const CUtensorMap* map, uint64_t* barrier, int head, int token) {
