@@ -32,14 +32,17 @@ DEVICE uint32_t parity_of_use(int i) {
 // What a block works on: a head of a tile; row = -1: there is nothing more.
 struct alignas(16) Item {
     AttentionTile tile;
-    int head, next;  // the latter: which item the block takes then
+    int head;
 };
 
-// One thread: a head's rows from `token` on.
-template <int D, int ROWS>
+// One thread: a head's rows from `token` on, by a map for BOX of them.
+template <int D, int ROWS, int BOX = ROWS>
 DEVICE void load_tile(unsigned char* tile, const CUtensorMap* map, uint64_t* barrier, int head, int token) {
 #pragma unroll
-    for (int x = 0; x < D; x += 64) tma_load_3d(tile + x / 64 * ROWS * ROW_BYTES, map, barrier, x, head, token);
+    for (int x = 0; x < D; x += 64)
+#pragma unroll
+        for (int row = 0; row < ROWS; row += BOX)
+            tma_load_3d(tile + (x / 64 * ROWS + row) * ROW_BYTES, map, barrier, x, head, token + row);
 }
 
 // One warp: zeros in the rows from `first` on; the products may read them after this thread's next arrival.
@@ -71,10 +74,10 @@ DEVICE void rows_times_rows(float (&d)[B_ROWS / 2], const unsigned char* a, cons
 }
 // d += weights b: weights of 64 rows by the tile's rows, in registers.
 template <int D, int ROWS>
-DEVICE void weights_times_rows(float (&d)[D / 2], const uint32_t (&weights)[ROWS / STEP_K][4], const unsigned char* b, bool accumulate = true) {
+DEVICE void weights_times_rows(float (&d)[D / 2], const uint32_t (&weights)[ROWS / STEP_K][4], const unsigned char* b) {
     const uint64_t from = wgmma_descriptor(b, D > 64 ? ROWS * ROW_BYTES : 16);
 #pragma unroll
-    for (int k = 0; k < ROWS / STEP_K; ++k) wgmma_registers<true>(d, weights[k], from + k * STEP_K * ROW_BYTES / 16, k > 0 || accumulate);
+    for (int k = 0; k < ROWS / STEP_K; ++k) wgmma_registers<true>(d, weights[k], from + k * STEP_K * ROW_BYTES / 16, true);
 }
 
 template <int R>
