@@ -6,8 +6,6 @@
 // A map's tiles have as many keys as queries here.
 #include "attention_sm90.cuh"
 
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 
 namespace {
@@ -22,18 +20,18 @@ struct Forward {
     static constexpr unsigned POLYNOMIALS = D == 64 ? 0x8020 : 0;
     static constexpr float GROWTH = 8;  // of the largest score, in base 2, that weights and sums take without rescaling
     static constexpr int Q_BYTES = TILE_BYTES<D, QUERIES>, KV_BYTES = TILE_BYTES<D, KEYS>;
-    struct Barriers {
+    struct Control {
+        Item item, coming;  // whose queries are in shared memory, and what the producer is at
         uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], landed;
     };
-    static constexpr int SHARED = Q_BYTES + 2 * STAGES * KV_BYTES + sizeof(Item) + sizeof(Barriers);
+    static constexpr int SHARED = Q_BYTES + 2 * STAGES * KV_BYTES + sizeof(Control);
 };
 
 struct ForwardProblem {
-    const AttentionTile* tiles;
-    int32_t* taken;  // items of work beside each block's first one
+    Items items;
     Rows out;
     double* lse;
-    int items, heads, group;  // items: a tile's heads, then the next one's; all heads of a tile read the same memory at about one time
+    int heads, group;
     bool causal;
     float scale2;  // of exponents in base 2
 };
@@ -42,14 +40,11 @@ template <int D>
 struct ForwardShared {
     using F = Forward<D>;
     unsigned char *q, *k, *v;
-    Item* item;  // whose queries they are
-    typename F::Barriers* barriers;
+    typename F::Control& control;
 
-    DEVICE ForwardShared() {
-        q = shared_memory(), k = q + F::Q_BYTES, v = k + F::STAGES * F::KV_BYTES;
-        item = reinterpret_cast<Item*>(v + F::STAGES * F::KV_BYTES);
-        barriers = reinterpret_cast<typename F::Barriers*>(item + 1);
-    }
+    DEVICE explicit ForwardShared(unsigned char* memory)
+        : q(memory), k(q + F::Q_BYTES), v(k + F::STAGES * F::KV_BYTES),
+          control(*reinterpret_cast<typename F::Control*>(v + F::STAGES * F::KV_BYTES)) {}
 };
 
 // 2^x for x <= about 0, on the units for sums and products, to 3e-6: the whole part goes into the exponent.
@@ -117,53 +112,51 @@ template <int D>
 DEVICE void produce(const ForwardShared<D>& shared, const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v, const ForwardProblem& p) {
     using F = Forward<D>;
     constexpr int S = F::STAGES;
-    auto& barriers = *shared.barriers;
+    auto& control = shared.control;
     const bool leader = threadIdx.x % WARP == 0;
-    int use = 0, partials = 0, index = blockIdx.x;
+    const AttentionTile& tile = control.coming.tile;
+    int use = 0, partials = 0;
 #pragma unroll 1
     for (int round = 0;; ++round) {
-        const AttentionTile* const tile = p.tiles + index / p.heads;
-        const int row = index < p.items ? tile->row : -1, blocks = row < 0 ? 0 : (tile->end + F::KEYS - 1) / F::KEYS;
-        const int head = index % p.heads, end = use + blocks;
-        const int left = blocks ? tile->keys - (blocks - 1) * F::KEYS : F::KEYS;  // of the keys from the last block's first on
-        int token = blocks ? tile->key + (blocks - 1) * F::KEYS : 0;
+        __syncwarp();
+        if (leader) control.coming = take(p.items);
+        __syncwarp();
+        int block = (tile.end + F::KEYS - 1) / F::KEYS - 1;
+        const bool empty = block < 0, partial = !empty && tile.keys < (block + 1) * F::KEYS;
         const auto load_block = [&](uint64_t* v_full) {
-            const int place = place_of_use<S>(use);
-            mbarrier_wait(&barriers.k_empty[place], parity_of_use<S>(use) ^ 1);
+            const int place = place_of_use<S>(use), kv_head = control.coming.head / p.group, token = tile.key + block * F::KEYS;
+            mbarrier_wait(&control.k_empty[place], parity_of_use<S>(use) ^ 1);
             if (leader) {
-                mbarrier_arrive_expect(&barriers.k_full[place], F::KV_BYTES);
-                load_tile<D, F::KEYS>(shared.k + place * F::KV_BYTES, k, &barriers.k_full[place], head / p.group, token);
+                mbarrier_arrive_expect(&control.k_full[place], F::KV_BYTES);
+                load_tile<D, F::KEYS>(shared.k + place * F::KV_BYTES, k, &control.k_full[place], kv_head, token);
             }
-            mbarrier_wait(&barriers.v_empty[place], parity_of_use<S>(use) ^ 1);
+            mbarrier_wait(&control.v_empty[place], parity_of_use<S>(use) ^ 1);
             if (leader) {
                 mbarrier_arrive_expect(v_full, F::KV_BYTES);
-                load_tile<D, F::KEYS>(shared.v + place * F::KV_BYTES, v, v_full, head / p.group, token);
+                load_tile<D, F::KEYS>(shared.v + place * F::KV_BYTES, v, v_full, kv_head, token);
             }
         };
-        const bool partial = left < F::KEYS;
-        if (blocks) load_block(partial ? &barriers.landed : &barriers.v_full[place_of_use<S>(use)]);
-        mbarrier_wait(&barriers.q_empty, (round & 1) ^ 1);
+        if (!empty) load_block(partial ? &control.landed : &control.v_full[place_of_use<S>(use)]);
+        mbarrier_wait(&control.q_empty, (round & 1) ^ 1);
         if (leader) {
-            if (row < 0) shared.item->tile.row = -1;
-            else *shared.item = {*tile, head};
-            if (blocks) {
-                mbarrier_arrive_expect(&barriers.q_full, F::Q_BYTES);
-                load_tile<D, F::QUERIES>(shared.q, q, &barriers.q_full, head, tile->query + row);
+            control.item = control.coming;
+            if (empty) {
+                mbarrier_arrive(&control.q_full);
             } else {
-                mbarrier_arrive(&barriers.q_full);
+                mbarrier_arrive_expect(&control.q_full, F::Q_BYTES);
+                load_tile<D, F::QUERIES>(shared.q, q, &control.q_full, control.coming.head, tile.query + tile.row);
             }
-            index = gridDim.x + atomicAdd(p.taken, 1);
         }
-        if (row < 0) return;
+        if (tile.row < 0) return;
         if (partial) {
-            mbarrier_wait(&barriers.landed, partials++ & 1);
-            zero_rows<D, F::KEYS>(shared.v + place_of_use<S>(use) * F::KV_BYTES, left);
-            arrive_by_warp(&barriers.v_full[place_of_use<S>(use)]);
+            const int place = place_of_use<S>(use);
+            mbarrier_wait(&control.landed, partials++ & 1);
+            zero_rows<D, F::KEYS>(shared.v + place * F::KV_BYTES, tile.keys - block * F::KEYS);
+            arrive_by_warp(&control.v_full[place]);
         }
+        if (!empty) ++use;
 #pragma unroll 1
-        for (++use, token -= F::KEYS; use < end; ++use, token -= F::KEYS) load_block(&barriers.v_full[place_of_use<S>(use)]);
-        use = end;
-        index = __shfl_sync(0xffffffffu, index, 0);
+        while (--block >= 0) load_block(&control.v_full[place_of_use<S>(use)]), ++use;
     }
 }
 
@@ -181,8 +174,8 @@ DEVICE void pass_turn(int group) {
 template <int D>
 DEVICE void finish(const ForwardShared<D>& shared, const ForwardProblem& p, const Softmax<D>& softmax, const float (&o)[D / 2], int group) {
     using F = Forward<D>;
-    const AttentionTile& tile = shared.item->tile;
-    const int row = tile.row + group * GROUP_ROWS, left = tile.queries - row, head = shared.item->head;
+    const AttentionTile& tile = shared.control.item.tile;
+    const int row = tile.row + group * GROUP_ROWS, left = tile.queries - row, head = shared.control.item.head;
     if (threadIdx.x % 4 == 0)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -199,9 +192,9 @@ template <int D>
 DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, int group, int before, int blocks) {
     using F = Forward<D>;
     constexpr int S = F::STAGES;
-    auto& barriers = *shared.barriers;
+    auto& control = shared.control;
     unsigned char* const q = shared.q + group * GROUP_ROWS * ROW_BYTES;
-    const AttentionTile& tile = shared.item->tile;
+    const AttentionTile& tile = shared.control.item.tile;
     const int row = tile.row + group * GROUP_ROWS, end = before + blocks;
     // The only block with keys that some rows do not see; those behind it none of the rows sees.
     const int first = row >= tile.queries ? -1 : p.causal ? row / F::KEYS : blocks - 1;
@@ -210,10 +203,10 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, int
 #pragma unroll 1
     for (; use < end - 1 - first; ++use) {
         const int place = place_of_use<S>(use);
-        mbarrier_wait(&barriers.k_full[place], parity_of_use<S>(use));
-        arrive_by_warp(&barriers.k_empty[place]);
-        mbarrier_wait(&barriers.v_full[place], parity_of_use<S>(use));
-        arrive_by_warp(&barriers.v_empty[place]);
+        mbarrier_wait(&control.k_full[place], parity_of_use<S>(use));
+        arrive_by_warp(&control.k_empty[place]);
+        mbarrier_wait(&control.v_full[place], parity_of_use<S>(use));
+        arrive_by_warp(&control.v_empty[place]);
         if (use < end - 1) await_turn<F::CONSUMERS>(group), pass_turn<F::CONSUMERS>(group);
     }
     if (first < 0) return;
@@ -222,13 +215,13 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, int
     uint32_t weights[F::KEYS / STEP_K][4];
     Softmax<D> softmax(p.scale2);
     clear(o);
-    mbarrier_wait(&barriers.k_full[place_of_use<S>(use)], parity_of_use<S>(use));
+    mbarrier_wait(&control.k_full[place_of_use<S>(use)], parity_of_use<S>(use));
     wgmma_fence();
     rows_times_rows<D, F::QUERIES, F::KEYS>(s, q, shared.k + place_of_use<S>(use) * F::KV_BYTES);
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_hold(s);
-    arrive_by_warp(&barriers.k_empty[place_of_use<S>(use)]);
+    arrive_by_warp(&control.k_empty[place_of_use<S>(use)]);
     {
         const int lane_first = first * F::KEYS + 2 * static_cast<int>(threadIdx.x % 4), there = tile.keys - lane_first;
         const int seen = p.causal ? min(there, row + own_row() + 1 - lane_first) : there;
@@ -243,36 +236,36 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, int
 #pragma unroll 1
     for (; use < end - 1; ++use) {
         const int k_place = place_of_use<S>(use + 1), v_place = place_of_use<S>(use);
-        mbarrier_wait(&barriers.k_full[k_place], parity_of_use<S>(use + 1));
+        mbarrier_wait(&control.k_full[k_place], parity_of_use<S>(use + 1));
         await_turn<F::CONSUMERS>(group);
         wgmma_hold(o), wgmma_fence();
         rows_times_rows<D, F::QUERIES, F::KEYS>(s, q, shared.k + k_place * F::KV_BYTES);
         wgmma_commit();
-        mbarrier_wait(&barriers.v_full[v_place], parity_of_use<S>(use));
+        mbarrier_wait(&control.v_full[v_place], parity_of_use<S>(use));
         wgmma_fence();
         weights_times_rows<D, F::KEYS>(o, weights, shared.v + v_place * F::KV_BYTES);
         wgmma_commit();
         pass_turn<F::CONSUMERS>(group);
         wgmma_wait<1>();
         wgmma_hold(s);
-        arrive_by_warp(&barriers.k_empty[k_place]);
+        arrive_by_warp(&control.k_empty[k_place]);
         softmax.template weigh<false>(s, rescale);
         wgmma_wait<0>();
         wgmma_hold(o);
-        arrive_by_warp(&barriers.v_empty[v_place]);
+        arrive_by_warp(&control.v_empty[v_place]);
         to_weights<F::KEYS>(weights, s);
         if (__any_sync(0xffffffffu, rescale[0] != 1 || rescale[1] != 1))
 #pragma unroll
             for (int i = 0; i < D / 2; ++i) o[i] *= rescale[half_of(i)];
     }
-    mbarrier_wait(&barriers.v_full[place_of_use<S>(use)], parity_of_use<S>(use));
+    mbarrier_wait(&control.v_full[place_of_use<S>(use)], parity_of_use<S>(use));
     wgmma_hold(o), wgmma_fence();
     weights_times_rows<D, F::KEYS>(o, weights, shared.v + place_of_use<S>(use) * F::KV_BYTES);
     wgmma_commit();
     softmax.finish();
     wgmma_wait<0>();
     wgmma_hold(o);
-    arrive_by_warp(&barriers.v_empty[place_of_use<S>(use)]);
+    arrive_by_warp(&control.v_empty[place_of_use<S>(use)]);
     finish<D>(shared, p, softmax, o, group);
 }
 
@@ -280,16 +273,16 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, int
 template <int D>
 DEVICE void consume_all(const ForwardShared<D>& shared, const ForwardProblem& p, int group) {
     using F = Forward<D>;
-    const AttentionTile& tile = shared.item->tile;
+    const AttentionTile& tile = shared.control.item.tile;
     if (group == F::CONSUMERS - 1) pass_turn<F::CONSUMERS>(group);
     int before = 0;
 #pragma unroll 1
     for (int round = 0;; ++round) {
-        mbarrier_wait(&shared.barriers->q_full, round & 1);
+        mbarrier_wait(&shared.control.q_full, round & 1);
         if (tile.row < 0) break;
         const int blocks = (tile.end + F::KEYS - 1) / F::KEYS;
         if (tile.poisoned) {
-            const int first = tile.row + group * GROUP_ROWS, count = min(GROUP_ROWS, tile.queries - first), head = shared.item->head;
+            const int first = tile.row + group * GROUP_ROWS, count = min(GROUP_ROWS, tile.queries - first), head = shared.control.item.head;
             poison_rows(row_at(p.out, tile.query + first, head), p.out.token_stride, count, D);
             for (int i = threadIdx.x % GROUP; i < count; i += GROUP)
                 p.lse[static_cast<int64_t>(tile.query + first + i) * p.heads + head] = NAN;
@@ -298,7 +291,7 @@ DEVICE void consume_all(const ForwardShared<D>& shared, const ForwardProblem& p,
         }
         before += blocks;
         fence_async();  // the next queries come where the result went through
-        arrive_by_warp(&shared.barriers->q_empty);
+        arrive_by_warp(&shared.control.q_empty);
     }
     if (group == 0) await_turn<F::CONSUMERS>(group);  // what the last group has passed
 }
@@ -308,14 +301,14 @@ __global__ void __launch_bounds__(Forward<D>::THREADS, 1)
 attention_forward_sm90_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
                               const __grid_constant__ CUtensorMap v, const __grid_constant__ ForwardProblem p) {
     using F = Forward<D>;
-    const ForwardShared<D> shared;
-    auto& barriers = *shared.barriers;
+    const ForwardShared<D> shared(shared_memory());
+    auto& control = shared.control;
     const int group = own_group();
     if (threadIdx.x == 0) {
-        mbarrier_init(&barriers.q_full, 1), mbarrier_init(&barriers.landed, 1), mbarrier_init(&barriers.q_empty, 4 * F::CONSUMERS);
+        mbarrier_init(&control.q_full, 1), mbarrier_init(&control.landed, 1), mbarrier_init(&control.q_empty, 4 * F::CONSUMERS);
         for (int i = 0; i < F::STAGES; ++i) {
-            mbarrier_init(&barriers.k_full[i], 1), mbarrier_init(&barriers.v_full[i], 1);
-            mbarrier_init(&barriers.k_empty[i], 4 * F::CONSUMERS), mbarrier_init(&barriers.v_empty[i], 4 * F::CONSUMERS);
+            mbarrier_init(&control.k_full[i], 1), mbarrier_init(&control.v_full[i], 1);
+            mbarrier_init(&control.k_empty[i], 4 * F::CONSUMERS), mbarrier_init(&control.v_empty[i], 4 * F::CONSUMERS);
         }
         mbarrier_init_fence();
         tma_prefetch(&q), tma_prefetch(&k), tma_prefetch(&v);
@@ -330,69 +323,26 @@ attention_forward_sm90_kernel(const __grid_constant__ CUtensorMap q, const __gri
     }
 }
 
-bool suits(const Rows& rows, int64_t heads) {
-    constexpr int64_t LIMIT = int64_t{1} << 39;  // the copy engine's, in bytes 2^40
-    const auto stride = [&](int64_t elements) { return elements > 0 && elements % 8 == 0 && elements < LIMIT; };
-    return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && stride(rows.token_stride) && (heads == 1 || stride(rows.head_stride));
-}
-
-PFN_cuTensorMapEncodeTiled_v12000 find_encode() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result), "attention");
-    if (result != cudaDriverEntryPointSuccess || !function) throw std::runtime_error("attention: the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+template <int D>
+void forward(const AttentionProblem& p, int64_t tokens, const TileMap& queries, cudaStream_t stream) {
+    using F = Forward<D>;
+    const ForwardProblem problem{items_of(queries, p.heads), p.out, p.lse, static_cast<int>(p.heads), static_cast<int>(p.heads / p.kv_heads),
+                                 p.causal, p.scale * LOG2E};
+    launch(attention_forward_sm90_kernel<D>, dim3(std::min(problem.items.count, sm90::multiprocessors())), dim3(F::THREADS), F::SHARED,
+           stream, "attention", sm90::tensor_map(p.q, tokens, p.heads, D, F::QUERIES), sm90::tensor_map(p.k, tokens, p.kv_heads, D, F::KEYS),
+           sm90::tensor_map(p.v, tokens, p.kv_heads, D, F::KEYS), problem);
 }
 
 }  // namespace
 
-CUtensorMap sm90::tensor_map(const Rows& from, int64_t tokens, int64_t heads, int64_t head_dim, int rows) {
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encode();
-    CUtensorMap map;
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(tokens)};
-    const cuuint64_t strides[] = {static_cast<cuuint64_t>(heads == 1 ? head_dim : from.head_stride) * 2,
-                                  static_cast<cuuint64_t>(from.token_stride) * 2};
-    const cuuint32_t box[] = {64, 1, static_cast<cuuint32_t>(rows)}, steps[] = {1, 1, 1};
-    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, from.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-        throw std::runtime_error("attention: no tensor map for these strides");
-    return map;
-}
-
-int sm90::multiprocessors() {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device), "attention");
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "attention");
-    return count;
-}
-
 namespace gpu {
-
-bool attention_sm90_takes(const AttentionProblem& p) {
-    bool takes = p.dtype && !p.wide && (p.head_dim == 64 || p.head_dim == 128) && p.scale > 0 && p.scale < INFINITY;
-    takes = takes && suits(p.q, p.heads) && suits(p.k, p.kv_heads) && suits(p.v, p.kv_heads) && suits(p.out, p.heads);
-    if (p.dout.data)
-        takes = takes && suits(p.dout, p.heads) && suits(p.dq, p.heads) && suits(p.dk, p.kv_heads) && suits(p.dv, p.kv_heads);
-    return takes;
-}
-
-void attention_forward_sm90(const AttentionProblem& p, int64_t tokens, const TileMap& queries, cudaStream_t stream) {
-    const auto run = [&](auto kernel, int rows, int keys, int threads, int shared) {
-        const CUtensorMap q = sm90::tensor_map(p.q, tokens, p.heads, p.head_dim, rows);
-        const CUtensorMap k = sm90::tensor_map(p.k, tokens, p.kv_heads, p.head_dim, keys);
-        const CUtensorMap v = sm90::tensor_map(p.v, tokens, p.kv_heads, p.head_dim, keys);
-        const int64_t items = queries.capacity * p.heads;
-        const ForwardProblem problem{queries.tiles, queries.counters, p.out, p.lse, static_cast<int>(items), static_cast<int>(p.heads),
-                                     static_cast<int>(p.heads / p.kv_heads), p.causal, p.scale * LOG2E};
-        launch(kernel, dim3(static_cast<unsigned>(std::min<int64_t>(items, sm90::multiprocessors()))), dim3(threads), shared, stream,
-               "attention", q, k, v, problem);
-    };
-    const auto of = [&](auto shape, auto kernel) { run(kernel, shape.QUERIES, shape.KEYS, shape.THREADS, shape.SHARED); };
-    p.head_dim == 64 ? of(Forward<64>(), attention_forward_sm90_kernel<64>) : of(Forward<128>(), attention_forward_sm90_kernel<128>);
-}
 
 TileRows tile_rows_sm90(const AttentionProblem& p) {
     return {p.head_dim == 64 ? Forward<64>::QUERIES : Forward<128>::QUERIES, 128, 128};
+}
+
+void attention_forward_sm90(const AttentionProblem& p, int64_t tokens, const TileMap& queries, cudaStream_t stream) {
+    (p.head_dim == 64 ? forward<64> : forward<128>)(p, tokens, queries, stream);
 }
 
 }  // namespace gpu

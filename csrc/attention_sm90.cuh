@@ -35,6 +35,22 @@ struct alignas(16) Item {
     int head;
 };
 
+// Items of work that the blocks take one after the other: a tile's heads, then the next one's.
+struct Items {
+    const AttentionTile* tiles;
+    int32_t* taken;
+    int count, heads;
+};
+
+inline Items items_of(const TileMap& map, int64_t heads) {
+    return {map.tiles, map.counters, static_cast<int>(map.capacity * heads), static_cast<int>(heads)};
+}
+// One thread: the next item.
+DEVICE Item take(const Items& from) {
+    const int index = atomicAdd(from.taken, 1);
+    return {index < from.count ? from.tiles[index / from.heads] : AttentionTile{0, 0, 0, 0, -1, 0, 0, 0}, index % from.heads};
+}
+
 // One thread: a head's rows from `token` on, by a map for BOX of them.
 template <int D, int ROWS, int BOX = ROWS>
 DEVICE void load_tile(unsigned char* tile, const CUtensorMap* map, uint64_t* barrier, int head, int token) {

@@ -57,15 +57,12 @@ attention_backward_sm90_kernel(const __grid_constant__ CUtensorMap q, const __gr
 template <int D>
 void backward(const AttentionProblem& p, int64_t tokens, const TileMap& queries, const TileMap& keys, const QueryStats& stats,
               cudaStream_t stream) {
-    const auto items = [](const TileMap& map, int64_t heads) {
-        return Items{map.tiles, map.counters, static_cast<int>(map.capacity * heads), static_cast<int>(heads)};
-    };
-    const BackwardProblem problem{items(keys, p.kv_heads), items(queries, p.heads), p.dq, p.dk, p.dv, stats.lse2, stats.delta, stats.stride,
-                                  static_cast<int>(p.heads), static_cast<int>(p.heads / p.kv_heads), p.causal, p.scale, p.scale * LOG2E};
+    const BackwardProblem problem{items_of(keys, p.kv_heads), items_of(queries, p.heads), p.dq, p.dk, p.dv, stats.lse2, stats.delta,
+                                  stats.stride, static_cast<int>(p.heads), static_cast<int>(p.heads / p.kv_heads), p.causal, p.scale,
+                                  p.scale * LOG2E};
     const auto map_of = [&](const Rows& rows, int64_t heads, int box) { return sm90::tensor_map(rows, tokens, heads, D, box); };
-    const int blocks = std::min(problem.of_queries.count, sm90::multiprocessors());
-    launch(attention_backward_sm90_kernel<D>, dim3(static_cast<unsigned>(blocks)), dim3(Backward<D>::THREADS), Backward<D>::SHARED, stream,
-           "attention_backward", map_of(p.q, p.heads, BACKWARD_QUERIES), map_of(p.dout, p.heads, BACKWARD_QUERIES),
+    launch(attention_backward_sm90_kernel<D>, dim3(std::min(problem.of_queries.count, sm90::multiprocessors())),
+           dim3(Backward<D>::THREADS), Backward<D>::SHARED, stream, "attention_backward", map_of(p.q, p.heads, BACKWARD_QUERIES), map_of(p.dout, p.heads, BACKWARD_QUERIES),
            map_of(p.k, p.kv_heads, BACKWARD_TILE), map_of(p.v, p.kv_heads, BACKWARD_TILE), problem);
 }
 

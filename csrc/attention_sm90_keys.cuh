@@ -1,7 +1,7 @@
 // The half of attention's backward for Hopper that gives dK and dV: a block keeps a tile of keys and values, and all queries that see
 // them pass. See attention_sm90_backward.cu.
 #pragma once
-#include "attention_sm90_items.cuh"
+#include "attention_sm90_backward.cuh"
 
 namespace {
 

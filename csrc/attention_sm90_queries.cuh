@@ -1,7 +1,7 @@
 // The half of attention's backward for Hopper that gives dQ: a block keeps a tile of queries, and the keys that they see pass.
 // See attention_sm90_backward.cu.
 #pragma once
-#include "attention_sm90_items.cuh"
+#include "attention_sm90_backward.cuh"
 
 namespace {
 
