@@ -1,9 +1,9 @@
 // Attention's forward kernel for Hopper, bf16. A tile of queries stays in shared memory; keys and values come by the copy engine,
 // the last block of the sequence first, so that only a warpgroup's first block needs a mask. Scores of one block are computed
 // while the values of the block before are added, and warpgroups take turns to issue products, so that one's exponentials
-// run under another's products. A block takes one item of work after the other, and loads the next while it computes. Source: FlashAttention-3, arXiv 2407.08608, algorithm 2; rescaling only when the largest score
-// has grown by a lot, and some exponentials by polynomials: FlashAttention-4.
-// A map's tiles have as many keys as queries here.
+// run under another's products. A block takes one item of work after the other, and loads the next while it computes.
+// Source: FlashAttention-3, arXiv 2407.08608, algorithm 2; rescaling only when the largest score has grown by a lot, and some
+// exponentials by polynomials: FlashAttention-4. A map's tiles have as many keys as queries here.
 #include "attention_sm90.cuh"
 
 #include <algorithm>
@@ -70,7 +70,7 @@ struct Softmax {
         shift[0] = shift[1] = total[0] = total[1] = 0;
     }
 
-    // Scores become weights; rescale: by what earlier sums must be multiplied. FIRST: there are none, and scores may be -infinity.
+    // Scores become weights; rescale: by what earlier sums must be multiplied. FIRST: there are none, and scores may be hidden.
     template <bool FIRST>
     DEVICE void weigh(float (&s)[F::KEYS / 2], float (&rescale)[2]) {
         float largest[4] = {s[0], s[2], s[1], s[3]};  // two of each row: one after the other they would take longer
@@ -96,6 +96,9 @@ struct Softmax {
         }
         total[0] += sum[0], total[1] += sum[1];
     }
+    DEVICE double log_of_sum(int half) const {
+        return (static_cast<double>(shift[half]) + static_cast<double>(lg2(total[half]))) * 0.69314718055994530942;
+    }
     DEVICE void finish() {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -109,7 +112,8 @@ struct Softmax {
 // are done with those before, its queries. Where the last block has less keys than rows, the rows behind, which are another
 // sequence's, are made zeros in the values; in the keys their scores are hidden.
 template <int D>
-DEVICE void produce(const ForwardShared<D>& shared, const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v, const ForwardProblem& p) {
+DEVICE void produce(const ForwardShared<D>& shared, const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
+                    const ForwardProblem& p) {
     using F = Forward<D>;
     constexpr int S = F::STAGES;
     auto& control = shared.control;
@@ -161,18 +165,13 @@ DEVICE void produce(const ForwardShared<D>& shared, const CUtensorMap* q, const 
 }
 
 // Turns of the consumer groups at issuing products: one for each block of an item but the first.
-template <int CONSUMERS>
-DEVICE void await_turn(int group) {
-    bar_sync(1 + group, 2 * GROUP);
-}
-template <int CONSUMERS>
-DEVICE void pass_turn(int group) {
-    bar_arrive(1 + (group + 1 < CONSUMERS ? group + 1 : 0), 2 * GROUP);
-}
+DEVICE void await_turn(int group) { bar_sync(1 + group, 2 * GROUP); }
+DEVICE void pass_turn(int group, int groups) { bar_arrive(1 + (group + 1 < groups ? group + 1 : 0), 2 * GROUP); }
 
 // The group's rows of the result, from what the blocks gave.
 template <int D>
-DEVICE void finish(const ForwardShared<D>& shared, const ForwardProblem& p, const Softmax<D>& softmax, const float (&o)[D / 2], int group) {
+DEVICE void finish(const ForwardShared<D>& shared, const ForwardProblem& p, const Softmax<D>& softmax, const float (&o)[D / 2],
+                   int group) {
     using F = Forward<D>;
     const AttentionTile& tile = shared.control.item.tile;
     const int row = tile.row + group * GROUP_ROWS, left = tile.queries - row, head = shared.control.item.head;
@@ -180,8 +179,7 @@ DEVICE void finish(const ForwardShared<D>& shared, const ForwardProblem& p, cons
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             if (own_row() + 8 * half < left)
-                p.lse[static_cast<int64_t>(tile.query + row + own_row() + 8 * half) * p.heads + head] =
-                    (static_cast<double>(softmax.shift[half]) + static_cast<double>(lg2(softmax.total[half]))) * 0.69314718055994530942;
+                p.lse[static_cast<int64_t>(tile.query + row + own_row() + 8 * half) * p.heads + head] = softmax.log_of_sum(half);
     bar_sync(4 + group, GROUP);  // the products of all four warps have read the queries
     store_rows<D, F::QUERIES>(row_at(p.out, tile.query + row, head), p.out.token_stride, left, o, __fdividef(1.f, softmax.total[0]),
                               __fdividef(1.f, softmax.total[1]), shared.q + group * GROUP_ROWS * ROW_BYTES);
@@ -207,7 +205,7 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, int
         arrive_by_warp(&control.k_empty[place]);
         mbarrier_wait(&control.v_full[place], parity_of_use<S>(use));
         arrive_by_warp(&control.v_empty[place]);
-        if (use < end - 1) await_turn<F::CONSUMERS>(group), pass_turn<F::CONSUMERS>(group);
+        if (use < end - 1) await_turn(group), pass_turn(group, F::CONSUMERS);
     }
     if (first < 0) return;
 
@@ -237,7 +235,7 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, int
     for (; use < end - 1; ++use) {
         const int k_place = place_of_use<S>(use + 1), v_place = place_of_use<S>(use);
         mbarrier_wait(&control.k_full[k_place], parity_of_use<S>(use + 1));
-        await_turn<F::CONSUMERS>(group);
+        await_turn(group);
         wgmma_hold(o), wgmma_fence();
         rows_times_rows<D, F::QUERIES, F::KEYS>(s, q, shared.k + k_place * F::KV_BYTES);
         wgmma_commit();
@@ -245,7 +243,7 @@ DEVICE void consume(const ForwardShared<D>& shared, const ForwardProblem& p, int
         wgmma_fence();
         weights_times_rows<D, F::KEYS>(o, weights, shared.v + v_place * F::KV_BYTES);
         wgmma_commit();
-        pass_turn<F::CONSUMERS>(group);
+        pass_turn(group, F::CONSUMERS);
         wgmma_wait<1>();
         wgmma_hold(s);
         arrive_by_warp(&control.k_empty[k_place]);
@@ -274,7 +272,7 @@ template <int D>
 DEVICE void consume_all(const ForwardShared<D>& shared, const ForwardProblem& p, int group) {
     using F = Forward<D>;
     const AttentionTile& tile = shared.control.item.tile;
-    if (group == F::CONSUMERS - 1) pass_turn<F::CONSUMERS>(group);
+    if (group == F::CONSUMERS - 1) pass_turn(group, F::CONSUMERS);
     int before = 0;
 #pragma unroll 1
     for (int round = 0;; ++round) {
@@ -282,7 +280,8 @@ DEVICE void consume_all(const ForwardShared<D>& shared, const ForwardProblem& p,
         if (tile.row < 0) break;
         const int blocks = (tile.end + F::KEYS - 1) / F::KEYS;
         if (tile.poisoned) {
-            const int first = tile.row + group * GROUP_ROWS, count = min(GROUP_ROWS, tile.queries - first), head = shared.control.item.head;
+            const int first = tile.row + group * GROUP_ROWS, count = min(GROUP_ROWS, tile.queries - first);
+            const int head = shared.control.item.head;
             poison_rows(row_at(p.out, tile.query + first, head), p.out.token_stride, count, D);
             for (int i = threadIdx.x % GROUP; i < count; i += GROUP)
                 p.lse[static_cast<int64_t>(tile.query + first + i) * p.heads + head] = NAN;
@@ -293,7 +292,7 @@ DEVICE void consume_all(const ForwardShared<D>& shared, const ForwardProblem& p,
         fence_async();  // the next queries come where the result went through
         arrive_by_warp(&shared.control.q_empty);
     }
-    if (group == 0) await_turn<F::CONSUMERS>(group);  // what the last group has passed
+    if (group == 0) await_turn(group);  // what the last group has passed
 }
 
 template <int D>
@@ -326,11 +325,11 @@ attention_forward_sm90_kernel(const __grid_constant__ CUtensorMap q, const __gri
 template <int D>
 void forward(const AttentionProblem& p, int64_t tokens, const TileMap& queries, cudaStream_t stream) {
     using F = Forward<D>;
-    const ForwardProblem problem{items_of(queries, p.heads), p.out, p.lse, static_cast<int>(p.heads), static_cast<int>(p.heads / p.kv_heads),
-                                 p.causal, p.scale * LOG2E};
-    launch(attention_forward_sm90_kernel<D>, dim3(std::min(problem.items.count, sm90::multiprocessors())), dim3(F::THREADS), F::SHARED,
-           stream, "attention", sm90::tensor_map(p.q, tokens, p.heads, D, F::QUERIES), sm90::tensor_map(p.k, tokens, p.kv_heads, D, F::KEYS),
-           sm90::tensor_map(p.v, tokens, p.kv_heads, D, F::KEYS), problem);
+    const ForwardProblem problem{items_of(queries, p.heads), p.out, p.lse, static_cast<int>(p.heads),
+                                 static_cast<int>(p.heads / p.kv_heads), p.causal, p.scale * LOG2E};
+    launch(attention_forward_sm90_kernel<D>, dim3(std::min(problem.items.count, sm90::multiprocessors())), dim3(F::THREADS),
+           F::SHARED, stream, "attention", sm90::tensor_map(p.q, tokens, p.heads, D, F::QUERIES),
+           sm90::tensor_map(p.k, tokens, p.kv_heads, D, F::KEYS), sm90::tensor_map(p.v, tokens, p.kv_heads, D, F::KEYS), problem);
 }
 
 }  // namespace

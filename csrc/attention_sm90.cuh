@@ -117,7 +117,8 @@ DEVICE int own_row() { return threadIdx.x % GROUP / WARP * 16 + threadIdx.x % WA
 
 // factor * x becomes the group's first `count` rows at `to`. `room`: its 64 rows of a tile of ROWS, which nobody reads any more.
 template <int D, int ROWS>
-DEVICE void store_rows(bf16* to, int64_t stride, int count, const float (&x)[D / 2], float factor0, float factor1, unsigned char* room) {
+DEVICE void store_rows(bf16* to, int64_t stride, int count, const float (&x)[D / 2], float factor0, float factor1,
+                       unsigned char* room) {
     const int lane = threadIdx.x % WARP, row = own_row(), warp_row = threadIdx.x % GROUP / WARP * 16;
 #pragma unroll
     for (int i = 0; i < D / 2; i += 2) {

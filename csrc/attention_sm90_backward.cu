@@ -1,9 +1,9 @@
-// Attention's backward for Hopper, bf16, without atomics on what is added, so that the gradient is the same on every run. Weights are
-// computed again from the scores and the logarithms of their sums, twice: for dK and dV a block keeps keys and values and takes all
-// queries past them, of all heads that share the keys (attention_sm90_keys.cuh); for dQ it keeps queries and takes the keys past
-// them (attention_sm90_queries.cuh): seven products in all instead of five. Blocks take items of work of the first kind until there
-// are none, then of the second, so that none waits for the last of a kind. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
-// A map's tiles have as many keys as queries here.
+// Attention's backward for Hopper, bf16, without atomics on what is added, so that the gradient is the same on every run. Weights
+// are computed again from the scores and the logarithms of their sums, twice: for dK and dV a block keeps keys and values and
+// takes all queries past them, of all heads that share the keys (attention_sm90_keys.cuh); for dQ it keeps queries and takes the
+// keys past them (attention_sm90_queries.cuh): seven products in all instead of five. Blocks take items of work of the first kind
+// until there are none, then of the second, so that none waits for the last of a kind.
+// Source: FlashAttention-2, arXiv 2307.08691, algorithm 2. A map's tiles have as many keys as queries here.
 #include <algorithm>
 
 #include "attention_sm90_keys.cuh"
@@ -57,13 +57,14 @@ attention_backward_sm90_kernel(const __grid_constant__ CUtensorMap q, const __gr
 template <int D>
 void backward(const AttentionProblem& p, int64_t tokens, const TileMap& queries, const TileMap& keys, const QueryStats& stats,
               cudaStream_t stream) {
-    const BackwardProblem problem{items_of(keys, p.kv_heads), items_of(queries, p.heads), p.dq, p.dk, p.dv, stats.lse2, stats.delta,
-                                  stats.stride, static_cast<int>(p.heads), static_cast<int>(p.heads / p.kv_heads), p.causal, p.scale,
-                                  p.scale * LOG2E};
-    const auto map_of = [&](const Rows& rows, int64_t heads, int box) { return sm90::tensor_map(rows, tokens, heads, D, box); };
+    const BackwardProblem problem{items_of(keys, p.kv_heads), items_of(queries, p.heads), p.dq, p.dk, p.dv, stats.lse2,
+                                  stats.delta, stats.stride, static_cast<int>(p.heads), static_cast<int>(p.heads / p.kv_heads),
+                                  p.causal, p.scale, p.scale * LOG2E};
+    const auto of_queries = [&](const Rows& rows) { return sm90::tensor_map(rows, tokens, p.heads, D, BACKWARD_QUERIES); };
+    const auto of_keys = [&](const Rows& rows) { return sm90::tensor_map(rows, tokens, p.kv_heads, D, BACKWARD_TILE); };
     launch(attention_backward_sm90_kernel<D>, dim3(std::min(problem.of_queries.count, sm90::multiprocessors())),
-           dim3(Backward<D>::THREADS), Backward<D>::SHARED, stream, "attention_backward", map_of(p.q, p.heads, BACKWARD_QUERIES), map_of(p.dout, p.heads, BACKWARD_QUERIES),
-           map_of(p.k, p.kv_heads, BACKWARD_TILE), map_of(p.v, p.kv_heads, BACKWARD_TILE), problem);
+           dim3(Backward<D>::THREADS), Backward<D>::SHARED, stream, "attention_backward", of_queries(p.q), of_queries(p.dout),
+           of_keys(p.k), of_keys(p.v), problem);
 }
 
 }  // namespace
@@ -72,8 +73,8 @@ namespace gpu {
 
 int64_t attention_backward_workspace_sm90(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
 
-void attention_backward_sm90(const AttentionProblem& p, int64_t tokens, const TileMap& queries, const TileMap& keys, const QueryStats& stats,
-                             void*, cudaStream_t stream) {
+void attention_backward_sm90(const AttentionProblem& p, int64_t tokens, const TileMap& queries, const TileMap& keys,
+                             const QueryStats& stats, void*, cudaStream_t stream) {
     (p.head_dim == 64 ? backward<64> : backward<128>)(p, tokens, queries, keys, stats, stream);
 }
 

@@ -1,16 +1,17 @@
-// The half of attention's backward for Hopper that gives dK and dV: a block keeps a tile of keys and values, and all queries that see
-// them pass. See attention_sm90_backward.cu.
+// The half of attention's backward for Hopper that gives dK and dV: a block keeps a tile of keys and values, and all queries that
+// see them pass. See attention_sm90_backward.cu.
 #pragma once
 #include "attention_sm90_backward.cuh"
 
 namespace {
 
-// Keys and values, and stages of queries and their gradients. Stages: one whose products may be under way, one that a group skips,
-// one that it waits for.
+// Keys and values, and stages of queries and their gradients. Stages: one whose products may be under way, one that a group
+// skips, one that it waits for.
 template <int D>
 struct OfKeys {
     static constexpr int QUERIES = BACKWARD_QUERIES, STAGES = 3;
-    static constexpr int KV_BYTES = TILE_BYTES<D, BACKWARD_TILE>, Q_BYTES = TILE_BYTES<D, QUERIES>, BYTES = 2 * KV_BYTES + 2 * STAGES * Q_BYTES;
+    static constexpr int KV_BYTES = TILE_BYTES<D, BACKWARD_TILE>, Q_BYTES = TILE_BYTES<D, QUERIES>;
+    static constexpr int BYTES = 2 * KV_BYTES + 2 * STAGES * Q_BYTES, ARRIVALS = 4 * BACKWARD_CONSUMERS;
     struct Control {
         Item item, coming;  // whose keys and values they are, and what the producer is at
         float lse2[STAGES][QUERIES], delta[STAGES][QUERIES];
@@ -20,10 +21,11 @@ struct OfKeys {
     unsigned char *k, *v, *q, *dout;
     Control& control;
 
-    DEVICE OfKeys(unsigned char* tiles, Control& control) : k(tiles), v(k + KV_BYTES), q(v + KV_BYTES), dout(q + STAGES * Q_BYTES), control(control) {}
+    DEVICE OfKeys(unsigned char* tiles, Control& control)
+        : k(tiles), v(k + KV_BYTES), q(v + KV_BYTES), dout(q + STAGES * Q_BYTES), control(control) {}
     DEVICE void init() const {
-        mbarrier_init(&control.kv_full, 1), mbarrier_init(&control.kv_empty, 4 * BACKWARD_CONSUMERS), mbarrier_init(&control.landed, 1);
-        for (int i = 0; i < STAGES; ++i) mbarrier_init(&control.full[i], 2), mbarrier_init(&control.empty[i], 4 * BACKWARD_CONSUMERS);
+        mbarrier_init(&control.kv_full, 1), mbarrier_init(&control.kv_empty, ARRIVALS), mbarrier_init(&control.landed, 1);
+        for (int i = 0; i < STAGES; ++i) mbarrier_init(&control.full[i], 2), mbarrier_init(&control.empty[i], ARRIVALS);
     }
 };
 
@@ -42,8 +44,8 @@ struct Passage {
 
 // Where a sequence ends within a block, rows behind are made zeros and their weights nothing.
 template <int D>
-DEVICE void produce_queries(const OfKeys<D>& shared, const CUtensorMap* q, const CUtensorMap* dout, const CUtensorMap* k, const CUtensorMap* v,
-                            const BackwardProblem& p) {
+DEVICE void produce_queries(const OfKeys<D>& shared, const CUtensorMap* q, const CUtensorMap* dout, const CUtensorMap* k,
+                            const CUtensorMap* v, const BackwardProblem& p) {
     using O = OfKeys<D>;
     auto& control = shared.control;
     const int lane = threadIdx.x % WARP;
@@ -56,8 +58,8 @@ DEVICE void produce_queries(const OfKeys<D>& shared, const CUtensorMap* q, const
         __syncwarp();
         Passage at(tile, O::QUERIES, p.group);
         const auto load_block = [&] {
-            const int place = place_of_use<O::STAGES>(use), head = control.coming.head * p.group + at.head, first = tile.query + at.block * O::QUERIES;
-            const int there = tile.queries - at.block * O::QUERIES;
+            const int place = place_of_use<O::STAGES>(use), head = control.coming.head * p.group + at.head;
+            const int first = tile.query + at.block * O::QUERIES, there = tile.queries - at.block * O::QUERIES;
             uint64_t* const barrier = there < O::QUERIES ? &control.landed : &control.full[place];
             mbarrier_wait(&control.empty[place], parity_of_use<O::STAGES>(use) ^ 1);
             if (lane == 0) {
@@ -190,7 +192,8 @@ DEVICE void consume_all_queries(const OfKeys<D>& shared, const BackwardProblem& 
         mbarrier_wait(&shared.control.kv_full, round & 1);
         if (tile.row < 0) return;
         if (tile.poisoned) {
-            const int first = tile.row + group * GROUP_ROWS, count = min(GROUP_ROWS, tile.keys - first), kv_head = shared.control.item.head;
+            const int first = tile.row + group * GROUP_ROWS, count = min(GROUP_ROWS, tile.keys - first);
+            const int kv_head = shared.control.item.head;
             poison_rows(row_at(p.dk, tile.key + first, kv_head), p.dk.token_stride, count, D);
             poison_rows(row_at(p.dv, tile.key + first, kv_head), p.dv.token_stride, count, D);
         } else {

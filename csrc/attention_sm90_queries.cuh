@@ -9,7 +9,8 @@ namespace {
 template <int D>
 struct OfQueries {
     static constexpr int KEYS = BACKWARD_TILE, STAGES = 2;
-    static constexpr int KV_BYTES = TILE_BYTES<D, KEYS>, Q_BYTES = TILE_BYTES<D, BACKWARD_TILE>, BYTES = 2 * Q_BYTES + 2 * STAGES * KV_BYTES;
+    static constexpr int KV_BYTES = TILE_BYTES<D, KEYS>, Q_BYTES = TILE_BYTES<D, BACKWARD_TILE>;
+    static constexpr int BYTES = 2 * Q_BYTES + 2 * STAGES * KV_BYTES, ARRIVALS = 4 * BACKWARD_CONSUMERS;
     struct Control {
         Item item, coming;  // whose queries they are, and what the producer is at
         uint64_t q_full, q_empty, full[STAGES], empty[STAGES], landed;
@@ -18,17 +19,18 @@ struct OfQueries {
     unsigned char *q, *dout, *k, *v;
     Control& control;
 
-    DEVICE OfQueries(unsigned char* tiles, Control& control) : q(tiles), dout(q + Q_BYTES), k(dout + Q_BYTES), v(k + STAGES * KV_BYTES), control(control) {}
+    DEVICE OfQueries(unsigned char* tiles, Control& control)
+        : q(tiles), dout(q + Q_BYTES), k(dout + Q_BYTES), v(k + STAGES * KV_BYTES), control(control) {}
     DEVICE void init() const {
-        mbarrier_init(&control.q_full, 1), mbarrier_init(&control.q_empty, 4 * BACKWARD_CONSUMERS), mbarrier_init(&control.landed, 1);
-        for (int i = 0; i < STAGES; ++i) mbarrier_init(&control.full[i], 1), mbarrier_init(&control.empty[i], 4 * BACKWARD_CONSUMERS);
+        mbarrier_init(&control.q_full, 1), mbarrier_init(&control.q_empty, ARRIVALS), mbarrier_init(&control.landed, 1);
+        for (int i = 0; i < STAGES; ++i) mbarrier_init(&control.full[i], 1), mbarrier_init(&control.empty[i], ARRIVALS);
     }
 };
 
 // The last block first. Where it has less keys than rows, the rows behind are made zeros.
 template <int D>
-DEVICE void produce_keys(const OfQueries<D>& shared, const CUtensorMap* q, const CUtensorMap* dout, const CUtensorMap* k, const CUtensorMap* v,
-                         const BackwardProblem& p) {
+DEVICE void produce_keys(const OfQueries<D>& shared, const CUtensorMap* q, const CUtensorMap* dout, const CUtensorMap* k,
+                         const CUtensorMap* v, const BackwardProblem& p) {
     using O = OfQueries<D>;
     constexpr int S = O::STAGES;
     auto& control = shared.control;
@@ -58,8 +60,9 @@ DEVICE void produce_keys(const OfQueries<D>& shared, const CUtensorMap* q, const
                 mbarrier_arrive(&control.q_full);
             } else {
                 mbarrier_arrive_expect(&control.q_full, 2 * O::Q_BYTES);
-                load_tile<D, BACKWARD_TILE, BACKWARD_QUERIES>(shared.q, q, &control.q_full, control.coming.head, tile.query + tile.row);
-                load_tile<D, BACKWARD_TILE, BACKWARD_QUERIES>(shared.dout, dout, &control.q_full, control.coming.head, tile.query + tile.row);
+                const int head = control.coming.head, token = tile.query + tile.row;
+                load_tile<D, BACKWARD_TILE, BACKWARD_QUERIES>(shared.q, q, &control.q_full, head, token);
+                load_tile<D, BACKWARD_TILE, BACKWARD_QUERIES>(shared.dout, dout, &control.q_full, head, token);
             }
         }
         if (tile.row < 0) return;
@@ -82,7 +85,7 @@ DEVICE void consume_keys(const OfQueries<D>& shared, const BackwardProblem& p, i
     using O = OfQueries<D>;
     constexpr int K = O::KEYS, S = O::STAGES;
     auto& control = shared.control;
-    const AttentionTile& tile = shared.control.item.tile;
+    const AttentionTile& tile = control.item.tile;
     unsigned char *const q = shared.q + group * GROUP_ROWS * ROW_BYTES, *const dout = shared.dout + group * GROUP_ROWS * ROW_BYTES;
     const int row = tile.row + group * GROUP_ROWS, end = before + blocks;
     // The only block with keys that some rows do not see; those behind it none of the rows sees.
@@ -99,8 +102,8 @@ DEVICE void consume_keys(const OfQueries<D>& shared, const BackwardProblem& p, i
     uint32_t dscores[K / STEP_K][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int64_t from = shared.control.item.head * p.stride + tile.query + row + own_row() + 8 * half;  // behind the sequence: anything
-        lse2[half] = p.lse2[from], delta[half] = p.delta[from];
+        const int64_t from = control.item.head * p.stride + tile.query + row + own_row() + 8 * half;
+        lse2[half] = p.lse2[from], delta[half] = p.delta[from];  // behind the sequence: anything
     }
     clear(dq);
     const int begun = use;
@@ -141,7 +144,8 @@ DEVICE void consume_keys(const OfQueries<D>& shared, const BackwardProblem& p, i
     wgmma_hold(dq);
     arrive_by_warp(&control.empty[place_of_use<S>(end - 1)]);
     bar_sync(1 + group, GROUP);  // the products of all four warps have read the queries
-    store_rows<D, BACKWARD_TILE>(row_at(p.dq, tile.query + row, shared.control.item.head), p.dq.token_stride, tile.queries - row, dq, p.scale, p.scale, q);
+    store_rows<D, BACKWARD_TILE>(row_at(p.dq, tile.query + row, control.item.head), p.dq.token_stride, tile.queries - row, dq,
+                                 p.scale, p.scale, q);
 }
 
 // Items one after the other, until there are no more.
@@ -155,8 +159,8 @@ DEVICE void consume_all_keys(const OfQueries<D>& shared, const BackwardProblem& 
         if (tile.row < 0) return;
         const int blocks = (tile.end + OfQueries<D>::KEYS - 1) / OfQueries<D>::KEYS;
         if (tile.poisoned) {
-            const int first = tile.row + group * GROUP_ROWS;
-            poison_rows(row_at(p.dq, tile.query + first, shared.control.item.head), p.dq.token_stride, min(GROUP_ROWS, tile.queries - first), D);
+            const int first = tile.row + group * GROUP_ROWS, count = min(GROUP_ROWS, tile.queries - first);
+            poison_rows(row_at(p.dq, tile.query + first, shared.control.item.head), p.dq.token_stride, count, D);
         } else {
             consume_keys<D>(shared, p, group, before, blocks);
         }
