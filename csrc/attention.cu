@@ -88,7 +88,7 @@ DEVICE int sums_before(int32_t* counters, int32_t* room) {
 }
 
 // A block a map. cu_seqlens that do not rise from 0 to the number of tokens give tiles that poison every token.
-__global__ void __launch_bounds__(MAP_THREADS) make_tile_maps(MapRequest request) {
+__global__ void __launch_bounds__(MAP_THREADS) make_tile_maps(const __grid_constant__ MapRequest request) {
     __shared__ int32_t counters[BUCKETS];
     __shared__ int32_t room[MAP_WARPS];
     __shared__ int32_t wrong;
@@ -122,7 +122,7 @@ struct StatsProblem {
 
 // LANES threads a row (token, head).
 template <class T, int LANES>
-__global__ void __launch_bounds__(256) query_stats(StatsProblem p) {
+__global__ void __launch_bounds__(256) query_stats(const __grid_constant__ StatsProblem p) {
     const int64_t row = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) / LANES;
     const int lane = threadIdx.x % LANES;
     const int64_t token = row / p.heads, head = row % p.heads;

@@ -46,7 +46,8 @@ void attention_backward(const AttentionProblem& problem, int64_t tokens, void* w
 int64_t attention_workspace(int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int dtype);
 int64_t attention_backward_workspace(int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int dtype);
 
-// "auto", "portable" or "sm90": which bf16 kernels run from now on; returns the one before. nullptr: only returns it.
+// "auto", "portable" or "sm90" (where they take the problem): which bf16 kernels run from now on; returns the one before. nullptr:
+// only returns it.
 const char* attention_variant(const char* name);
 
 TileRows tile_rows_portable(int64_t head_dim);

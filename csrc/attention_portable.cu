@@ -2,7 +2,6 @@
 // keys and values come by turns in the background: values while the scores are formed, the next keys while they are weighed.
 // Weights are rounded to bf16, and so are those that their sum adds up: it is a product with ones.
 // Source: FlashAttention-2, arXiv 2307.08691, algorithm 1; the lazy rescaling is FlashAttention-4's.
-#include "attention_gpu.h"
 #include "attention_tiles.cuh"
 
 namespace {
@@ -23,20 +22,6 @@ struct Softmax {
     float maximum[M][2], total[M][4];  // of total, entries 0 and 2 are the sums of rows g and g + 8
     float scale;                       // above 0, for base 2
 };
-
-// What rows `row`, row + 8, ... do not see becomes minus infinity.
-template <int M, int N8>
-DEVICE void hide(float (&s)[M][N8][4], const AttentionTile& tile, int row, int first_key, bool causal) {
-    const int behind = tile.keys - first_key - 2 * (threadIdx.x % 4), diagonal = row + 1 - tile.queries + behind;
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int end = (causal ? min(diagonal + m * 16 + i / 2 * 8, behind) : behind) - i % 2;
-#pragma unroll
-            for (int n = 0; n < N8; ++n) s[m][n][i] = n * 8 < end ? s[m][n][i] : -INFINITY;
-        }
-}
 
 // Scores become weights; the maximum of each row rises where it has to, and what has been added up is scaled down with it.
 template <int M, int N8, int D8>
@@ -146,7 +131,7 @@ attention_forward_kernel(const __grid_constant__ AttentionProblem p, const Atten
         rows_times_rows<DP>(s, q_tile, own, k_tile);
         if (block >= whole) {
             const AttentionTile whose = tiles[blockIdx.x % tile_count];  // read again: the loop needs the registers
-            hide(s, whose, whose.row + own + lane / 4, block * KEYS, p.causal);
+            hide(s, whose, whose.row + own + lane / 4, block * KEYS, p.causal, -INFINITY);
         }
         load_keys(block - 1);
         weigh(s, o, softmax);

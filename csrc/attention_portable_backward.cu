@@ -3,7 +3,6 @@
 // up dQ over the keys. Seven products instead of five, but nothing is added to memory by two blocks: the sums have one order.
 // P and dS are rounded to bf16 for the products that take them; all sums are fp32.
 // Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
-#include "attention_gpu.h"
 #include "attention_tiles.cuh"
 
 namespace {
@@ -43,6 +42,43 @@ struct Walk {
         if (++block == blocks) block = first, ++head;
     }
 };
+
+// Of S^T, whose columns are queries: the weights from the logarithms of their sums, two of which each lane has in every 8 columns.
+template <int M, int N8>
+DEVICE void weigh_columns(float (&s)[M][N8][4], const float* lse2, float scale) {
+#pragma unroll
+    for (int n = 0; n < N8; ++n) {
+        const float2 lse = *reinterpret_cast<const float2*>(lse2 + n * 8);
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[m][n][i] = ex2(fmaf(s[m][n][i], scale, -(i % 2 ? lse.y : lse.x)));
+    }
+}
+
+// Queries that do not see a key weigh it 0; the lane's first query sees its first key and `seen` more.
+template <int M, int N8>
+DEVICE void hide_earlier(float (&s)[M][N8][4], int seen) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int n = 0; n < N8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[m][n][i] = seen + n * 8 + i % 2 >= m * 16 + i / 2 * 8 ? s[m][n][i] : 0.f;
+}
+
+// dS^T = P^T (dP^T - delta), in the place of P^T.
+template <int M, int N8>
+DEVICE void slopes_of_columns(float (&s)[M][N8][4], const float (&dp)[M][N8][4], const float* delta) {
+#pragma unroll
+    for (int n = 0; n < N8; ++n) {
+        const float2 less = *reinterpret_cast<const float2*>(delta + n * 8);
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[m][n][i] *= dp[m][n][i] - (i % 2 ? less.y : less.x);
+    }
+}
 
 template <int DP, bool ALIGNED>
 __global__ void __launch_bounds__(OfKeys<DP>::THREADS, OfKeys<DP>::THREADS == 128 ? 2 : 1)
@@ -104,34 +140,12 @@ gradient_of_keys(const __grid_constant__ Backward b) {
             float s[M][Q8][4], dp[M][Q8][4];
             rows_times_rows<DP>(s, k_tile, own, q_tile);
             const bool diagonal = causal && key + 16 * M - 1 > query + offset;
-            const int seen = query + offset + 2 * (lane % 4) - key - lane / 4;  // at least 0: the first query of n = 0 sees row g
-#pragma unroll
-            for (int n = 0; n < Q8; ++n) {
-                const float2 lse = *reinterpret_cast<const float2*>(lse2 + n * 8);
-#pragma unroll
-                for (int m = 0; m < M; ++m)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) s[m][n][i] = ex2(fmaf(s[m][n][i], b.scale, -(i % 2 ? lse.y : lse.x)));
-            }
-            if (diagonal) {
-#pragma unroll
-                for (int m = 0; m < M; ++m)
-#pragma unroll
-                    for (int n = 0; n < Q8; ++n)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            if (seen + n * 8 + i % 2 < m * 16 + i / 2 * 8) s[m][n][i] = 0;
-            }
+            const int seen = query + offset + 2 * (lane % 4) - key - lane / 4;
+            weigh_columns(s, lse2, b.scale);
+            if (diagonal) hide_earlier(s, seen);
             weights_times_rows<DP>(dv, s, dout_tile, part * D8);
             rows_times_rows<DP>(dp, v_tile, own, dout_tile);
-#pragma unroll
-            for (int n = 0; n < Q8; ++n) {
-                const float2 less = *reinterpret_cast<const float2*>(delta + n * 8);
-#pragma unroll
-                for (int m = 0; m < M; ++m)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) s[m][n][i] *= dp[m][n][i] - (i % 2 ? less.y : less.x);
-            }
+            slopes_of_columns(s, dp, delta);
             weights_times_rows<DP>(dk, s, q_tile, part * D8);
         }
         if (threadIdx.x < 2 * F::QUERIES) stats[(stage ^ 1) * 2 * F::QUERIES + threadIdx.x] = coming;
@@ -203,15 +217,7 @@ gradient_of_queries(const __grid_constant__ Backward b) {
                 for (int i = 0; i < 4; ++i) s[m][n][i] = ex2(fmaf(s[m][n][i], b.scale, -lse2[m][i / 2]));
         if (block >= whole) {  // a key that there is not has a score of 0, of which the weight is anything
             const AttentionTile whose = b.tiles[blockIdx.x % b.tile_count];  // read again: the loop needs the registers
-            const int behind = whose.keys - block * F::KEYS - 2 * (lane % 4), diagonal = whose.row + own + lane / 4 + 1 - whose.queries + behind;
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int end = (b.p.causal ? min(diagonal + m * 16 + i / 2 * 8, behind) : behind) - i % 2;
-#pragma unroll
-                    for (int n = 0; n < N8; ++n) s[m][n][i] = n * 8 < end ? s[m][n][i] : 0.f;
-                }
+            hide(s, whose, whose.row + own + lane / 4, block * F::KEYS, b.p.causal, 0);
         }
 #pragma unroll
         for (int m = 0; m < M; ++m)

@@ -4,6 +4,7 @@
 #pragma once
 #include <type_traits>
 
+#include "attention_gpu.h"
 #include "device.cuh"
 
 namespace {
@@ -115,6 +116,20 @@ DEVICE void rows_times_rows(float (&s)[M][N8][4], const bf16* a, int a_row, cons
             }
         }
     }
+}
+
+// What queries `row`, row + 8, ... do not see of the keys from first_key on becomes `instead`.
+template <int M, int N8>
+DEVICE void hide(float (&s)[M][N8][4], const AttentionTile& tile, int row, int first_key, bool causal, float instead) {
+    const int behind = tile.keys - first_key - 2 * (threadIdx.x % 4), diagonal = row + 1 - tile.queries + behind;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int end = (causal ? min(diagonal + m * 16 + i / 2 * 8, behind) : behind) - i % 2;
+#pragma unroll
+            for (int n = 0; n < N8; ++n) s[m][n][i] = n * 8 < end ? s[m][n][i] : instead;
+        }
 }
 
 // Accumulators of 16 columns become the operand that has them as its depth, rounded to bf16.
