@@ -39,7 +39,7 @@ attention_backward_sm90_kernel(const __grid_constant__ CUtensorMap q, const __gr
     __syncthreads();
     const auto change = [] {  // the same memory becomes other tiles
         fence_async();
-        bar_sync(0, B::THREADS);
+        bar_sync(1 + BACKWARD_CONSUMERS, B::THREADS);
     };
     if (group == 0) {
         registers_down<B::PRODUCER_REGISTERS>();
