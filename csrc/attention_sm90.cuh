@@ -29,11 +29,36 @@ DEVICE uint32_t parity_of_use(int i) {
     return i / STAGES & 1;
 }
 
-// One thread: a head's rows from `token` on.
-template <int D, int ROWS>
+// What a block works on: a head of a tile; row = -1: there is nothing more.
+struct alignas(16) Item {
+    AttentionTile tile;
+    int head;
+};
+
+// Items of work that the blocks take one after the other: a tile's heads, then the next one's.
+struct Items {
+    const AttentionTile* tiles;
+    int32_t* taken;
+    int count, heads;
+};
+
+inline Items items_of(const TileMap& map, int64_t heads) {
+    return {map.tiles, map.counters, static_cast<int>(map.capacity * heads), static_cast<int>(heads)};
+}
+// One thread: the next item.
+DEVICE Item take(const Items& from) {
+    const int index = atomicAdd(from.taken, 1);
+    return {index < from.count ? from.tiles[index / from.heads] : AttentionTile{0, 0, 0, 0, -1, 0, 0, 0}, index % from.heads};
+}
+
+// One thread: a head's rows from `token` on, by a map for BOX of them.
+template <int D, int ROWS, int BOX = ROWS>
 DEVICE void load_tile(unsigned char* tile, const CUtensorMap* map, uint64_t* barrier, int head, int token) {
 #pragma unroll
-    for (int x = 0; x < D; x += 64) tma_load_3d(tile + x / 64 * ROWS * ROW_BYTES, map, barrier, x, head, token);
+    for (int x = 0; x < D; x += 64)
+#pragma unroll
+        for (int row = 0; row < ROWS; row += BOX)
+            tma_load_3d(tile + (x / 64 * ROWS + row) * ROW_BYTES, map, barrier, x, head, token + row);
 }
 
 // One warp: zeros in the rows from `first` on; the products may read them after this thread's next arrival.
@@ -65,10 +90,10 @@ DEVICE void rows_times_rows(float (&d)[B_ROWS / 2], const unsigned char* a, cons
 }
 // d += weights b: weights of 64 rows by the tile's rows, in registers.
 template <int D, int ROWS>
-DEVICE void weights_times_rows(float (&d)[D / 2], const uint32_t (&weights)[ROWS / STEP_K][4], const unsigned char* b, bool accumulate = true) {
+DEVICE void weights_times_rows(float (&d)[D / 2], const uint32_t (&weights)[ROWS / STEP_K][4], const unsigned char* b) {
     const uint64_t from = wgmma_descriptor(b, D > 64 ? ROWS * ROW_BYTES : 16);
 #pragma unroll
-    for (int k = 0; k < ROWS / STEP_K; ++k) wgmma_registers<true>(d, weights[k], from + k * STEP_K * ROW_BYTES / 16, k > 0 || accumulate);
+    for (int k = 0; k < ROWS / STEP_K; ++k) wgmma_registers<true>(d, weights[k], from + k * STEP_K * ROW_BYTES / 16, true);
 }
 
 template <int R>
@@ -92,7 +117,8 @@ DEVICE int own_row() { return threadIdx.x % GROUP / WARP * 16 + threadIdx.x % WA
 
 // factor * x becomes the group's first `count` rows at `to`. `room`: its 64 rows of a tile of ROWS, which nobody reads any more.
 template <int D, int ROWS>
-DEVICE void store_rows(bf16* to, int64_t stride, int count, const float (&x)[D / 2], float factor0, float factor1, unsigned char* room) {
+DEVICE void store_rows(bf16* to, int64_t stride, int count, const float (&x)[D / 2], float factor0, float factor1,
+                       unsigned char* room) {
     const int lane = threadIdx.x % WARP, row = own_row(), warp_row = threadIdx.x % GROUP / WARP * 16;
 #pragma unroll
     for (int i = 0; i < D / 2; i += 2) {
@@ -112,9 +138,9 @@ DEVICE void store_rows(bf16* to, int64_t stride, int count, const float (&x)[D /
     __syncwarp();  // the room may be written again
 }
 
-// Where cu_seqlens are wrong.
+// A warpgroup: NaN where cu_seqlens are wrong.
 DEVICE void poison_rows(bf16* to, int64_t stride, int count, int head_dim) {
-    for (int i = threadIdx.x; i < count * head_dim; i += blockDim.x) to[i / head_dim * stride + i % head_dim] = {0x7fff};
+    for (int i = threadIdx.x % GROUP; i < count * head_dim; i += GROUP) to[i / head_dim * stride + i % head_dim] = {0x7fff};
 }
 
 DEVICE bf16* row_at(const Rows& rows, int64_t token, int head) {
@@ -127,5 +153,6 @@ namespace sm90 {
 
 // Loads of `rows` tokens' 64 columns of one head of (tokens, heads, D).
 CUtensorMap tensor_map(const Rows& from, int64_t tokens, int64_t heads, int64_t head_dim, int rows);
+int multiprocessors();  // of the current device
 
 }  // namespace sm90
