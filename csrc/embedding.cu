@@ -153,7 +153,7 @@ __global__ __launch_bounds__(BLOCK) void find_starts_kernel(EmbeddingProblem p, 
 }
 
 template <class T, int W, class I>
-__global__ __launch_bounds__(BLOCK) void embedding_backward_kernel(EmbeddingProblem p, I chunks, I total, const uint32_t* order,
+__global__ __launch_bounds__(BLOCK, 3) void embedding_backward_kernel(EmbeddingProblem p, I chunks, I total, const uint32_t* order,
                                                                    const uint32_t* starts) {
     const I i = static_cast<I>(blockIdx.x) * BLOCK + threadIdx.x;
     if (i >= total) return;
@@ -162,17 +162,31 @@ __global__ __launch_bounds__(BLOCK) void embedding_backward_kernel(EmbeddingProb
     float sum[W], v[W];
 #pragma unroll
     for (int w = 0; w < W; ++w) sum[w] = 0;
+    const auto add = [&](const Chunk<T, W>& chunk) {
+        unpack(chunk, v);
+#pragma unroll
+        for (int w = 0; w < W; ++w) sum[w] += v[w];
+    };
+    uint32_t n = starts[row];
     const uint32_t last = starts[row + 1];
-    for (uint32_t n = starts[row]; n < last; n += AHEAD) {
+    uint32_t token[AHEAD];
+    if (n + AHEAD <= last)
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) token[a] = order[n + a];
+    for (; n + AHEAD <= last; n += AHEAD) {
         Chunk<T, W> ahead[AHEAD];
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) ahead[a] = n + a < last ? load_chunk<W>(from + order[n + a] * p.columns) : filled<T, W>(0);
+        for (int a = 0; a < AHEAD; ++a) ahead[a] = load_chunk<W>(from + token[a] * p.columns);
 #pragma unroll
-        for (int a = 0; a < AHEAD; ++a) {
-            unpack(ahead[a], v);
+        for (int a = 0; a < AHEAD; ++a) token[a] = order[min(n + AHEAD + a, last - 1)];  // in time for the next round
 #pragma unroll
-            for (int w = 0; w < W; ++w) sum[w] += v[w];
-        }
+        for (int a = 0; a < AHEAD; ++a) add(ahead[a]);
+    }
+    for (; n < last; n += 2) {
+        const Chunk<T, W> one = load_chunk<W>(from + order[n] * p.columns);
+        const Chunk<T, W> two = n + 1 < last ? load_chunk<W>(from + order[n + 1] * p.columns) : filled<T, W>(0);
+        add(one);
+        if (n + 1 < last) add(two);
     }
     store_floats(static_cast<float*>(p.to) + static_cast<int64_t>(i) * W, sum);
 }
