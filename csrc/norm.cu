@@ -166,7 +166,7 @@ __global__ __launch_bounds__(S::BLOCK, S::RESIDENT) void norm_backward_kernel(No
         constexpr int WIDTH = S::GROUP * S::HELD * W;
         auto* all = reinterpret_cast<float*>(shared_memory());
 #pragma unroll
-        for (int h = 0; h < S::HELD; ++h) store_floats(all + group * WIDTH + (lane + h * S::GROUP) * W, dweight[h]);
+        for (int h = 0; h < S::HELD; ++h) store_shared(all + group * WIDTH + (lane + h * S::GROUP) * W, dweight[h]);
         __syncthreads();
         for (int c = threadIdx.x; c < p.columns; c += S::BLOCK) {
             float sum = 0;

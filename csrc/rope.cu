@@ -185,8 +185,8 @@ __global__ __launch_bounds__(HELD ? BLOCK : GROUP) void rope_norm_backward_kerne
     if (HELD) {
         constexpr int GROUPS = BLOCK / GROUP, WIDTH = 4 * GROUP * W;
         float* mine = table + threadIdx.x / GROUP * WIDTH + threadIdx.x % GROUP * W;  // over the table
-        store_floats(mine, dq[0]), store_floats(mine + GROUP * W, dq[1]);
-        store_floats(mine + 2 * GROUP * W, dk[0]), store_floats(mine + 3 * GROUP * W, dk[1]);
+        store_shared(mine, dq[0]), store_shared(mine + GROUP * W, dq[1]);
+        store_shared(mine + 2 * GROUP * W, dk[0]), store_shared(mine + 3 * GROUP * W, dk[1]);
         __syncthreads();
         for (int i = threadIdx.x; i < 4 * half; i += BLOCK) {
             const int quarter = i / half;

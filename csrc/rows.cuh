@@ -45,9 +45,12 @@ template <int W, class T>
 DEVICE Chunk<T, W> load_chunk(const T* from) {
     return {*reinterpret_cast<const decltype(Chunk<T, W>::raw)*>(from)};
 }
+// To global memory. An assignment of 16 bytes the compiler may make into four; __stcg stays one, and is how stores go anyway.
 template <int W, class T>
 DEVICE void store_chunk(T* to, const Chunk<T, W>& chunk) {
-    *reinterpret_cast<decltype(Chunk<T, W>::raw)*>(to) = chunk.raw;
+    auto* raw = reinterpret_cast<decltype(Chunk<T, W>::raw)*>(to);
+    if constexpr (W == 1) *raw = chunk.raw;
+    else __stcg(raw, chunk.raw);
 }
 template <int W, class T>
 DEVICE void store_values(T* to, const float (&v)[W]) {
@@ -77,12 +80,17 @@ DEVICE void load_floats(const float* from, float (&v)[W]) {
         }
 }
 template <int W>
-DEVICE void store_floats(float* to, const float (&v)[W]) {
+DEVICE void store_floats(float* to, const float (&v)[W]) {  // to global memory
     if constexpr (W == 1)
         *to = v[0];
     else
 #pragma unroll
-        for (int w = 0; w < W; w += 4) *reinterpret_cast<float4*>(to + w) = make_float4(v[w], v[w + 1], v[w + 2], v[w + 3]);
+        for (int w = 0; w < W; w += 4) __stcg(reinterpret_cast<float4*>(to + w), make_float4(v[w], v[w + 1], v[w + 2], v[w + 3]));
+}
+template <int W>
+DEVICE void store_shared(float* to, const float (&v)[W]) {
+#pragma unroll
+    for (int w = 0; w < W; ++w) to[w] = v[w];
 }
 
 // Over GROUP neighbouring threads that hold a row: within a warp, or the whole block.
