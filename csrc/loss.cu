@@ -11,7 +11,9 @@
 
 namespace {
 
-constexpr int BLOCK = 512, AHEAD = 4;  // threads of a row, fewer for short ones; loads under way in each
+constexpr int BLOCK = 512;  // threads of a row, fewer for short ones
+template <int W>
+constexpr int AHEAD = W == 1 ? 16 : 4;  // loads under way in each of them
 constexpr float LOWEST = -1000;        // of an exponent, in place of -inf: 2^LOWEST is 0, and 0 * -inf would be NaN
 
 struct Sums {
@@ -54,21 +56,22 @@ DEVICE void finish(const LossProblem& p, int64_t row, const Sums& sums, float in
 template <class T, int W>
 __global__ __launch_bounds__(BLOCK) void loss_forward_kernel(LossProblem p, int parts, Sums* partial) {
     __shared__ float room[WARP];
-    const int64_t row = blockIdx.x / parts, chunks = p.columns / W, size = (chunks + parts - 1) / parts;
-    const int64_t begin = blockIdx.x % parts * size, end = min(begin + size, chunks);
+    const int64_t row = blockIdx.x / parts;
+    const int chunks = static_cast<int>(p.columns / W), size = (chunks + parts - 1) / parts, threads = blockDim.x;
+    const int begin = static_cast<int>(blockIdx.x % parts) * size, end = min(begin + size, chunks);
     const T* x = static_cast<const T*>(p.logits) + row * p.stride;
     const float inverse = 1 / p.temperature, factor = inverse * LOG2E;
     Sums mine;
-    for (int64_t base = begin + threadIdx.x; base < end; base += AHEAD * blockDim.x) {
-        Chunk<T, W> ahead[AHEAD];
+    for (int base = begin + threadIdx.x; base < end; base += AHEAD<W> * threads) {
+        Chunk<T, W> ahead[AHEAD<W>];
         float v[W], top = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < AHEAD; ++n) {
-            const int64_t j = base + n * blockDim.x;
-            ahead[n] = j < end ? load_chunk<W>(x + j * W) : filled<T, W>(-INFINITY);
+        for (int n = 0; n < AHEAD<W>; ++n) {
+            const int j = base + n * threads;
+            ahead[n] = j < end ? load_chunk<W>(x + static_cast<int64_t>(j) * W) : filled<T, W>(-INFINITY);
         }
 #pragma unroll
-        for (int n = 0; n < AHEAD; ++n) {
+        for (int n = 0; n < AHEAD<W>; ++n) {
             unpack(ahead[n], v);
 #pragma unroll
             for (int w = 0; w < W; ++w) top = fmaxf(top, v[w]);
@@ -76,7 +79,7 @@ __global__ __launch_bounds__(BLOCK) void loss_forward_kernel(LossProblem p, int 
         if (top > mine.maximum) mine.move_to(top, factor);
         const float shift = mine.maximum > -INFINITY ? mine.maximum : 0;  // -inf - -inf would be NaN
 #pragma unroll
-        for (int n = 0; n < AHEAD; ++n) {
+        for (int n = 0; n < AHEAD<W>; ++n) {
             unpack(repacked(ahead[n], p.rows < 0), v);
 #pragma unroll
             for (int w = 0; w < W; ++w) {
@@ -109,16 +112,17 @@ __global__ __launch_bounds__(WARP) void loss_join_kernel(LossProblem p, int part
     if (threadIdx.x == 0) finish<T>(p, blockIdx.x, mine, inverse);
 }
 
-// d logits = (g_lp (onehot - p) - g_H p (log p + H) + g_lse p) / T, over the logits. A block has AHEAD chunks a thread of a row.
+// d logits = (g_lp (onehot - p) - g_H p (log p + H) + g_lse p) / T, over the logits. A thread has AHEAD chunks of a row.
 template <class T, int W>
 __global__ __launch_bounds__(BLOCK) void loss_backward_kernel(LossProblem p, int parts) {
-    const int64_t row = blockIdx.x / parts, chunks = p.columns / W;
-    const int64_t base = static_cast<int64_t>(blockIdx.x % parts) * AHEAD * blockDim.x + threadIdx.x;
+    const int64_t row = blockIdx.x / parts;
+    const int chunks = static_cast<int>(p.columns / W), threads = blockDim.x;
+    const int base = static_cast<int>(blockIdx.x % parts) * AHEAD<W> * threads + threadIdx.x;
     T* x = static_cast<T*>(p.logits) + row * p.stride;
-    Chunk<T, W> ahead[AHEAD];
+    Chunk<T, W> ahead[AHEAD<W>];
 #pragma unroll
-    for (int n = 0; n < AHEAD; ++n)
-        if (base + n * blockDim.x < chunks) ahead[n] = load_chunk<W>(x + (base + n * blockDim.x) * W);
+    for (int n = 0; n < AHEAD<W>; ++n)
+        if (base + n * threads < chunks) ahead[n] = load_chunk<W>(x + static_cast<int64_t>(base + n * threads) * W);
     const float inverse = 1 / p.temperature;
     const int64_t target = p.targets[row];
     const bool known = target >= 0 && target < p.columns;
@@ -127,8 +131,8 @@ __global__ __launch_bounds__(BLOCK) void loss_backward_kernel(LossProblem p, int
     const double lse = p.lse[row];
     const float high = static_cast<float>(lse), low = static_cast<float>(lse - high), entropy = p.entropy[row];
 #pragma unroll
-    for (int n = 0; n < AHEAD; ++n) {
-        const int64_t j = base + n * blockDim.x, hit = target - j * W;
+    for (int n = 0; n < AHEAD<W>; ++n) {
+        const int j = base + n * threads, hit = static_cast<int>(known ? target : -1) - j * W;
         if (j >= chunks) continue;
         float v[W];
         unpack(ahead[n], v);
@@ -138,14 +142,14 @@ __global__ __launch_bounds__(BLOCK) void loss_backward_kernel(LossProblem p, int
             const float slope = g_weight - g_entropy * (fmaxf(log_p, LOWEST) + entropy);
             v[w] = ex2(log_p * LOG2E) * slope + (hit == w ? g_logprob : 0.f);
         }
-        store_values<W>(x + j * W, v);
+        store_values<W>(x + static_cast<int64_t>(j) * W, v);
     }
 }
 
 // Threads that leave none of them without a chunk.
-unsigned threads_for(int64_t chunks) {
+unsigned threads_for(int64_t chunks, int ahead) {
     unsigned threads = WARP;
-    while (threads < BLOCK && threads * AHEAD < chunks) threads *= 2;
+    while (threads < BLOCK && threads * ahead < chunks) threads *= 2;
     return threads;
 }
 
@@ -154,6 +158,9 @@ constexpr int64_t PART = 16 << 10;
 
 int64_t parts_of(int64_t columns) { return columns <= 2 * PART ? 1 : ceil_div(columns, PART); }
 
+void check_columns(const LossProblem& p) {
+    if (p.columns > INT32_MAX / 2) throw std::invalid_argument("token_logprobs: expected at most 2^30 - 1 logits a row");
+}
 auto fits(const LossProblem& p) {
     return [&p](int64_t size) { return aligned({p.logits}, {p.columns * size, p.stride * size}); };
 }
@@ -169,12 +176,13 @@ int64_t loss_workspace(int64_t rows, int64_t columns) {
 
 void loss_forward(const LossProblem& p, void* workspace, cudaStream_t stream) {
     if (!p.rows || !p.columns) return;
+    check_columns(p);
     by_type(p.dtype, fits(p), [&](auto type, auto width) {
         using T = decltype(type);
         constexpr int W = decltype(width)::value;
         const int parts = workspace ? static_cast<int>(parts_of(p.columns)) : 1;
         auto* partial = static_cast<Sums*>(workspace);
-        launch(loss_forward_kernel<T, W>, blocks(p.rows * parts), threads_for(ceil_div(p.columns / W, parts)), 0, stream, "loss", p, parts,
+        launch(loss_forward_kernel<T, W>, blocks(p.rows * parts), threads_for(ceil_div(p.columns / W, parts), AHEAD<W>), 0, stream, "loss", p, parts,
                partial);
         if (parts > 1) launch(loss_join_kernel<T>, blocks(p.rows), WARP, 0, stream, "loss", p, parts, partial);
     });
@@ -182,12 +190,13 @@ void loss_forward(const LossProblem& p, void* workspace, cudaStream_t stream) {
 
 void loss_backward(const LossProblem& p, cudaStream_t stream) {
     if (!p.rows || !p.columns) return;
+    check_columns(p);
     by_type(p.dtype, fits(p), [&](auto type, auto width) {
         using T = decltype(type);
         constexpr int W = decltype(width)::value;
         const int64_t chunks = p.columns / W;
-        const unsigned threads = std::min(threads_for(chunks), 256u);
-        const int parts = static_cast<int>(ceil_div(chunks, threads * AHEAD));
+        const unsigned threads = std::min(threads_for(chunks, AHEAD<W>), 256u);
+        const int parts = static_cast<int>(ceil_div(chunks, threads * AHEAD<W>));
         launch(loss_backward_kernel<T, W>, blocks(p.rows * parts), threads, 0, stream, "loss", p, parts);
     });
 }

@@ -10,7 +10,7 @@
 
 namespace {
 
-template <class T, int W, class S>
+template <class T, int W, class S, bool RESIDUAL>
 __global__ __launch_bounds__(S::BLOCK) void norm_forward_kernel(NormProblem p) {
     __shared__ float room[WARP];
     const int lane = threadIdx.x % S::GROUP, chunks = static_cast<int>(p.columns / W);
@@ -25,21 +25,30 @@ __global__ __launch_bounds__(S::BLOCK) void norm_forward_kernel(NormProblem p) {
             held[i][h] = first + i < p.rows && j < chunks ? load_chunk<W>(static_cast<const T*>(p.x) + offset + i * p.columns + j * W)
                                                          : filled<T, W>(0);
         }
-    if (p.residual)
+    if constexpr (RESIDUAL) {
+        Chunk<T, W> more[S::ROWS][S::HELD];  // all read before the first is written
+#pragma unroll
+        for (int i = 0; i < S::ROWS; ++i)
+#pragma unroll
+            for (int h = 0; h < S::HELD; ++h) {
+                const int j = lane + h * S::GROUP;
+                if (first + i < p.rows && j < chunks)
+                    more[i][h] = load_chunk<W>(static_cast<const T*>(p.residual) + offset + i * p.columns + j * W);
+            }
 #pragma unroll
         for (int i = 0; i < S::ROWS; ++i)
 #pragma unroll
             for (int h = 0; h < S::HELD; ++h) {
                 const int j = lane + h * S::GROUP;
                 if (first + i >= p.rows || j >= chunks) continue;
-                const int64_t at = offset + i * p.columns + j * W;
                 float v[W], r[W];
-                unpack(held[i][h], v), unpack(load_chunk<W>(static_cast<const T*>(p.residual) + at), r);
+                unpack(held[i][h], v), unpack(more[i][h], r);
 #pragma unroll
                 for (int w = 0; w < W; ++w) v[w] += r[w];
                 pack(held[i][h], v);  // rounded: as backward will read it
-                store_chunk(static_cast<T*>(p.total) + at, held[i][h]);
+                store_chunk(static_cast<T*>(p.total) + offset + i * p.columns + j * W, held[i][h]);
             }
+    }
 #pragma unroll
     for (int i = 0; i < S::ROWS; ++i) {
         float v[W], weight[W], squares = 0;
@@ -260,9 +269,13 @@ void norm_forward(const NormProblem& p, cudaStream_t stream) {
         constexpr int W = decltype(width)::value;
         const auto held = [&](auto shape) {
             using S = decltype(shape);
-            launch(norm_forward_kernel<T, W, S>, blocks(ceil_div(p.rows, S::ROWS_OF_A_BLOCK)), S::BLOCK, 0, stream, "rms_norm", p);
+            const dim3 grid = blocks(ceil_div(p.rows, S::ROWS_OF_A_BLOCK));
+            if constexpr (S::HELD <= 4)
+                if (p.residual) return launch(norm_forward_kernel<T, W, S, true>, grid, S::BLOCK, 0, stream, "rms_norm", p);
+            launch(norm_forward_kernel<T, W, S, false>, grid, S::BLOCK, 0, stream, "rms_norm", p);
         };
-        if (!by_shape<W, 1>(p.columns / W, held))
+        const int64_t chunks = p.columns / W;
+        if (!(p.residual ? by_shape<W, 2>(chunks, held) : by_shape<W, 1>(chunks, held)))
             launch(norm_forward_long_kernel<T, W>, blocks(p.rows), LONG_BLOCK, 0, stream, "rms_norm", p);
     });
 }
