@@ -78,7 +78,8 @@ void bind_cuda_rows(py::module_& m) {
     m.def("loss", &loss, release(), "Fills logprob, entropy and lse, or overwrites logits with their gradient.");
     m.def("norm", &norm, release(), "RMSNorm: fills y, scale and, with a residual, total; or dx and dweight.");
     m.def("swiglu", &swiglu, release(), "silu(gate) * up, or dgate and dup.");
-    m.def("rope", &rotate, release(), "Turns pairs of q and k, normalised where they have a weight, by their position's angles; or the gradients.");
+    m.def("rope", &rotate, release(), "Turns pairs of q and k, normalised where they have a weight, by their position's angles; or the "
+          "gradients.");
     m.def("embedding", &embedding, release(), "Rows by id, or the fp32 sum of their gradients.");
     m.def("softmax_workspace", &gpu::softmax_workspace, "Bytes with which a few long rows are faster, or 0.");
     m.def("loss_workspace", &gpu::loss_workspace, "Bytes with which long rows are faster, or 0; forward's.");

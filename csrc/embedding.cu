@@ -1,6 +1,7 @@
 // Forward copies rows. Backward sorts the tokens by id, keeping their order (8 bits of the id at a time: how often every digit
 // comes in each tile of tokens, where it therefore goes, then the tokens there); a thread then adds a chunk of columns of one row
-// over its tokens, in their order.
+// over its tokens, in their order. Rows of many tokens, of which any text has some, would keep few threads waiting for memory
+// long: a block brings their gradients ahead of the additions.
 #include "embedding.h"
 
 #include <algorithm>
@@ -12,6 +13,8 @@ namespace {
 
 constexpr int BLOCK = 256, WARPS = BLOCK / WARP, DIGITS = 256, TILE = 2048, ROUNDS = TILE / BLOCK;
 constexpr int AHEAD = 8;  // tokens whose gradients are under way in a thread
+// Tokens that make a row heavy. Its blocks have WIDE_CHUNKS chunks of its columns, and STAGES times TOKENS tokens under way.
+constexpr int HEAVY = 128, WIDE_CHUNKS = 16, TOKENS = BLOCK / WIDE_CHUNKS, STAGES = 8;
 
 template <class From, class To, int W, class I>
 __global__ __launch_bounds__(BLOCK) void embedding_forward_kernel(EmbeddingProblem p, I chunks, I total) {
@@ -169,6 +172,7 @@ __global__ __launch_bounds__(BLOCK, 3) void embedding_backward_kernel(EmbeddingP
     };
     uint32_t n = starts[row];
     const uint32_t last = starts[row + 1];
+    if (W > 1 && last - n >= HEAVY) return;
     uint32_t token[AHEAD];
     if (n + AHEAD <= last)
 #pragma unroll
@@ -191,6 +195,44 @@ __global__ __launch_bounds__(BLOCK, 3) void embedding_backward_kernel(EmbeddingP
     store_floats(static_cast<float*>(p.to) + static_cast<int64_t>(i) * W, sum);
 }
 
+// In every HEAVY-th place of the sorted tokens some blocks look whether it is the first such place of a heavy row, which is theirs.
+template <class T>
+__global__ __launch_bounds__(BLOCK) void embedding_heavy_kernel(EmbeddingProblem p, int parts, const uint32_t* keys, const uint32_t* order,
+                                                                const uint32_t* starts) {
+    constexpr int W = 16 / sizeof(T), COLUMNS = WIDE_CHUNKS * W;
+    const uint32_t place = blockIdx.x / parts * HEAVY, row = keys[place];
+    if (row >= p.vocabulary) return;
+    const uint32_t first = starts[row], last = starts[row + 1];
+    if (place - first >= HEAVY || last - first < HEAVY) return;
+    auto* stages = reinterpret_cast<T*>(shared_memory());  // [STAGES][TOKENS][COLUMNS]
+    const int part = blockIdx.x % parts, token = threadIdx.x / WIDE_CHUNKS, chunk = threadIdx.x % WIDE_CHUNKS;
+    const int64_t column = static_cast<int64_t>(part) * COLUMNS + chunk * W;
+    const T* from = static_cast<const T*>(p.from) + column;
+    const uint32_t rounds = (last - first + TOKENS - 1) / TOKENS;
+    uint32_t next = first + token, next_token = order[min(next, last - 1)];
+    const auto bring = [&](uint32_t round) {  // zeros where there is nothing
+        const bool valid = next < last && column < p.columns;
+        cp_async_16(stages + (round % STAGES * TOKENS + token) * COLUMNS + chunk * W, valid ? from + next_token * p.columns : p.from, valid);
+        cp_async_commit();
+        next += TOKENS;
+        next_token = order[min(next, last - 1)];
+    };
+    for (int round = 0; round < STAGES - 1; ++round) bring(round);
+    float sum = 0;
+    for (uint32_t round = 0; round < rounds; ++round) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();  // and the stage before has been read
+        bring(round + STAGES - 1);
+        const T* stage = stages + round % STAGES * TOKENS * COLUMNS + threadIdx.x;
+        if (threadIdx.x < COLUMNS)
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) sum += to_float(stage[t * COLUMNS]);
+    }
+    cp_async_wait<0>();
+    const int64_t mine = static_cast<int64_t>(part) * COLUMNS + threadIdx.x;
+    if (threadIdx.x < COLUMNS && mine < p.columns) static_cast<float*>(p.to)[row * p.columns + mine] = sum;
+}
+
 int64_t tiles_of(int64_t tokens) { return ceil_div(tokens, TILE); }
 
 // Calls f(T{}, ...) with an unsigned type that counts so many.
@@ -202,7 +244,7 @@ void by_index(int64_t total, F&& f) {
 template <class From, class To>
 void forward(const EmbeddingProblem& p, cudaStream_t stream) {
     constexpr int WIDE = 16 / std::min(sizeof(From), sizeof(To));
-    const bool fits = aligned({p.from, p.to}, {p.columns * static_cast<int64_t>(sizeof(From)), p.columns * static_cast<int64_t>(sizeof(To))});
+    const bool fits = aligned({p.from, p.to}, {p.columns * int64_t{sizeof(From)}, p.columns * int64_t{sizeof(To)}});
     const auto start = [&](auto width) {
         constexpr int W = decltype(width)::value;
         const int64_t chunks = p.columns / W, total = p.tokens * chunks;
@@ -231,7 +273,8 @@ void embedding_forward(const EmbeddingProblem& p, cudaStream_t stream) {
 
 void embedding_backward(const EmbeddingProblem& p, void* workspace, cudaStream_t stream) {
     if (!p.vocabulary || !p.columns) return;
-    if (p.tokens > INT32_MAX || p.vocabulary >= UINT32_MAX) throw std::invalid_argument("embedding: expected fewer than 2^31 tokens and 2^32 - 1 rows");
+    if (p.tokens > INT32_MAX || p.vocabulary >= UINT32_MAX)
+        throw std::invalid_argument("embedding: expected fewer than 2^31 tokens and 2^32 - 1 rows");
     const int64_t tiles = tiles_of(p.tokens);
     auto* keys = static_cast<uint32_t*>(workspace);
     uint32_t *order = keys + p.tokens, *other_keys = order + p.tokens, *other_order = other_keys + p.tokens;
@@ -254,6 +297,11 @@ void embedding_backward(const EmbeddingProblem& p, void* workspace, cudaStream_t
             launch(embedding_backward_kernel<T, W, decltype(index)>, blocks(ceil_div(total, BLOCK)), BLOCK, 0, stream, "embedding", p,
                    chunks, total, from_order, starts);
         });
+        if constexpr (W > 1) {
+            const int64_t parts = ceil_div(chunks, WIDE_CHUNKS);
+            launch(embedding_heavy_kernel<T>, blocks(p.tokens / HEAVY * parts), BLOCK, STAGES * BLOCK * 16, stream, "embedding", p, parts,
+                   from_keys, from_order, starts);
+        }
     });
 }
 

@@ -182,8 +182,8 @@ void loss_forward(const LossProblem& p, void* workspace, cudaStream_t stream) {
         constexpr int W = decltype(width)::value;
         const int parts = workspace ? static_cast<int>(parts_of(p.columns)) : 1;
         auto* partial = static_cast<Sums*>(workspace);
-        launch(loss_forward_kernel<T, W>, blocks(p.rows * parts), threads_for(ceil_div(p.columns / W, parts), AHEAD<W>), 0, stream, "loss", p, parts,
-               partial);
+        const unsigned threads = threads_for(ceil_div(p.columns / W, parts), AHEAD<W>);
+        launch(loss_forward_kernel<T, W>, blocks(p.rows * parts), threads, 0, stream, "loss", p, parts, partial);
         if (parts > 1) launch(loss_join_kernel<T>, blocks(p.rows), WARP, 0, stream, "loss", p, parts, partial);
     });
 }

@@ -83,6 +83,25 @@ def test_softmax_takes_what_no_kernel_likes(dtype):
     assert ops.softmax(torch.tensor([-math.inf, 2.0], dtype=dtype)).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_addresses_that_are_no_multiple_of_16_bytes(dtype):
+    """The same values from elsewhere; sums may be taken in another order."""
+    x, weight, positions = normal(6, 64).to(dtype), normal(64, seed=1), torch.arange(6)
+
+    def run(place):
+        leaf, scale = place(x).requires_grad_(), place(weight).requires_grad_()
+        outputs = [ops.softmax(leaf), ops.rms_norm(leaf, scale), *ops.add_rms_norm(leaf, leaf, scale), ops.swiglu(leaf, leaf),
+                   *ops.logits_logprobs(leaf, positions), ops.rope(leaf.view(6, 2, 32), positions),
+                   *ops.rope_qkv(*[leaf.view(6, 2, 32)] * 3, positions, 1e4, scale[:32], scale[32:]),
+                   ops.embedding(positions, leaf), ops.embedding(positions, leaf, torch.float32)]  # fmt: skip
+        gradients = torch.autograd.grad([y for y in outputs], [leaf, scale], [place(normal(*y.shape).to(y.dtype)) for y in outputs])
+        return [y.detach() for y in outputs] + list(gradients)
+
+    tolerance = {"rtol": 2e-2, "atol": 6e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for got, expected in zip(run(unaligned), run(torch.clone), strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
 def minus_infinity_and_nan(columns, dtype):
     """Row 1 is -inf alone, row 3 has one NaN; and the same without those."""
     clean = normal(5, columns).to(dtype)
@@ -239,7 +258,8 @@ def test_a_norm_worked_by_hand_and_a_stream_that_ends():
     y, total = ops.add_rms_norm(x, residual, torch.ones(2), eps=0.0)
     torch.testing.assert_close(y, torch.tensor([[3 * math.sqrt(2) / 5, 4 * math.sqrt(2) / 5]]))
     assert total.tolist() == [[3.0, 4.0]]
-    torch.testing.assert_close(torch.autograd.grad(y[0, 0], x, retain_graph=True)[0], math.sqrt(2) * torch.tensor([[16 / 125, -12 / 125]]))
+    (dx,) = torch.autograd.grad(y[0, 0], x, retain_graph=True)
+    torch.testing.assert_close(dx, math.sqrt(2) * torch.tensor([[16 / 125, -12 / 125]]))
     assert torch.autograd.grad(total[0, 1], x)[0].tolist() == [[0.0, 1.0]]
     assert ops.rms_norm(torch.zeros(2, 8), torch.ones(8)).eq(0).all()
 
@@ -274,7 +294,8 @@ def test_extreme_gates_neither_overflow_nor_turn_to_nan():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "H", "D"), [(1, 1, 2), (5, 3, 30), (40, 2, 32), (9, 4, 34), (300, 2, 64), (0, 2, 8), (3, 2, 640), (2, 1, 70)])
+@pytest.mark.parametrize(("N", "H", "D"), [(1, 1, 2), (5, 3, 30), (40, 2, 32), (9, 4, 34), (300, 2, 64), (0, 2, 8), (3, 2, 640),
+                                         (2, 1, 70)])  # fmt: skip
 def test_rope_matches_the_oracle(N, H, D, dtype):
     positions, x = integers(3000, N), normal(N, H, D)
     assert_earned(lambda x: ops.rope(x, positions), lambda x: rope_reference(x, positions), (x,), dtype)
@@ -332,7 +353,8 @@ def test_copied_rows_keep_every_bit_whatever_they_mean():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "V", "C"), [(1, 1, 1), (500, 3, 15), (2000, 100, 40), (3000, 70000, 2), (9, 300, 16)])
+@pytest.mark.parametrize(("N", "V", "C"), [(1, 1, 1), (500, 3, 15), (2000, 100, 40), (3000, 70000, 2), (9, 300, 16), (128, 1, 8),
+                                         (1100, 3, 136)])  # fmt: skip
 def test_gradients_of_rows_are_added_in_the_order_of_the_tokens(N, V, C, dtype):
     ids, dout = integers(V, N) * (integers(3, N, seed=1) > 0), normal(N, C).to(dtype)
     weight = torch.zeros(V, C, requires_grad=True)
