@@ -15,7 +15,7 @@
 
 namespace gpu {
 
-// Rows (bind_cuda_rows.cpp). softmax's and loss's workspace may be null: a few long rows then take longer.
+// Rows (bind_cuda_rows.cpp). The workspace of softmax and loss may be null: long rows then take longer, and round otherwise.
 int64_t softmax_workspace(int64_t rows, int64_t columns);
 void softmax_forward(const SoftmaxProblem& problem, void* workspace, cudaStream_t stream);
 void softmax_backward(const SoftmaxProblem& problem, cudaStream_t stream);

@@ -20,11 +20,9 @@ struct Sums {
     float maximum = -INFINITY, s = 0, t = 0;  // the maximum is of the logits, not of z
 
     DEVICE void move_to(float higher, float factor) {
-        if (maximum > -INFINITY) {  // else s and t are 0, or NaN and stay that
-            const float shift = fmaxf((maximum - higher) * factor, LOWEST), shrink = ex2(shift);
-            t = shrink * (t + shift * s);
-            s *= shrink;
-        }
+        const float shift = fmaxf((maximum - higher) * factor, LOWEST), shrink = ex2(shift);
+        t = shrink * (t + shift * s);
+        s *= shrink;
         maximum = higher;
     }
 };

@@ -101,7 +101,7 @@ struct Running {
     float maximum = -INFINITY, sum = 0;
 
     DEVICE void move_to(float higher) {
-        if (maximum > -INFINITY) sum *= ex2((maximum - higher) * LOG2E);  // else it is 0, or NaN and stays that
+        sum *= ex2((maximum - higher) * LOG2E);
         maximum = higher;
     }
     template <class T, int W, int N>
@@ -220,7 +220,7 @@ __global__ __launch_bounds__(LONG_BLOCK) void softmax_join_kernel(SoftmaxProblem
     for (int i = 0; i < parts; ++i) maximum = fmaxf(maximum, sums[row * parts + i].x);
     for (int i = 0; i < parts; ++i) {  // in each thread alike
         const float2 one = sums[row * parts + i];
-        sum += one.x > -INFINITY ? one.y * ex2((one.x - maximum) * LOG2E) : one.y;
+        sum += one.y * ex2((one.x - maximum) * LOG2E);
     }
     write_chunks<T, W>(static_cast<const T*>(p.x) + row * p.columns, static_cast<T*>(p.out) + row * p.columns, begin, end, maximum,
                        1 / sum, [](int) { return false; }, [](int) { return filled<T, W>(0); });
