@@ -7,14 +7,14 @@
 
 namespace {
 
-constexpr int EACH = 4, RUN = EACH * WARP, WARPS = 4;  // tokens of a lane, of a warp; episodes of a block
+constexpr int EACH = 4, RUN = EACH * WARP, WARPS = 4;  // tokens of a lane (a float4), of a warp; episodes of a block
 
 DEVICE void fill_nan(const GaeProblem& p, int64_t from, int64_t to) {
     for (int64_t t = from + threadIdx.x % WARP; t < to; t += WARP) p.advantages[t] = p.returns[t] = NAN;
 }
 
 __global__ void __launch_bounds__(WARPS* WARP) gae_kernel(GaeProblem p, int64_t tokens) {
-    __shared__ alignas(16) float room[WARPS][2][RUN];
+    __shared__ float4 room[WARPS][2][WARP];  // rewards and values, then advantages and returns
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int64_t episode = static_cast<int64_t>(blockIdx.x) * WARPS + warp;
     const auto bound = [&](int64_t b) { return max(int64_t{0}, min(static_cast<int64_t>(p.cu_seqlens[b]), tokens)); };
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(WARPS* WARP) gae_kernel(GaeProblem p, int64_t 
     double reach = 1;  // a^(tokens of the lanes after this one)
     for (int i = 0; i < 5; ++i) reach *= (31 - lane) >> i & 1 ? power[i] : 1.0;
 
-    float* const rewards = room[warp][0];
-    float* const values = room[warp][1];
+    float* const rewards = &room[warp][0][0].x;
+    float* const values = &room[warp][1][0].x;
     float reward[EACH], value[EACH];
     const auto fetch = [&](int64_t from) {
 #pragma unroll
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(WARPS* WARP) gae_kernel(GaeProblem p, int64_t 
         for (int i = 0; i < EACH; ++i) rewards[i * WARP + lane] = reward[i], values[i * WARP + lane] = value[i];
         __syncwarp();
         fetch(from - RUN);  // the next run's come while this one's are added up
-        const float4 r = *reinterpret_cast<const float4*>(rewards + EACH * lane), v = *reinterpret_cast<const float4*>(values + EACH * lane);
+        const float4 r = room[warp][0][lane], v = room[warp][1][lane];
         float next = __shfl_down_sync(0xffffffffu, v.x, 1);
         next = lane == WARP - 1 ? after : next;
         after = __shfl_sync(0xffffffffu, v.x, 0);
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(WARPS* WARP) gae_kernel(GaeProblem p, int64_t 
         const double a0 = d0 + p.gamma_lambda * a1;
         carry = __shfl_sync(0xffffffffu, a0, 0);
         const auto f = [](double x) { return static_cast<float>(x); };
-        *reinterpret_cast<float4*>(rewards + EACH * lane) = make_float4(f(a0), f(a1), f(a2), f(a3));
-        *reinterpret_cast<float4*>(values + EACH * lane) = make_float4(f(a0 + v.x), f(a1 + v.y), f(a2 + v.z), f(a3 + v.w));
+        room[warp][0][lane] = make_float4(f(a0), f(a1), f(a2), f(a3));
+        room[warp][1][lane] = make_float4(f(a0 + v.x), f(a1 + v.y), f(a2 + v.z), f(a3 + v.w));
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
