@@ -24,8 +24,8 @@ double update(int kind, int dtype, uintptr_t spans, int64_t count, double scale,
     const OnDevice on(lane);
     const auto f = [](double x) { return static_cast<float>(x); };
     void* const workspace = kind == OPTIM_NORM ? workspace_of(lane, gpu::optim_workspace(), "optim") : nullptr;
-    gpu::optim({kind, dtype, at<const OptimSpan>(spans), count, f(scale), f(keep), f(rate), f(beta1), f(beta2), f(1 - beta1), f(1 - beta2),
-                f(root), f(eps)}, workspace, stream_of(lane));
+    gpu::optim({kind, dtype, at<const OptimSpan>(spans), count, f(scale), f(keep), f(rate), f(beta1), f(beta2), f(1 - beta1),
+                f(1 - beta2), f(root), f(eps)}, workspace, stream_of(lane));
     return 0;
 }
 
@@ -34,7 +34,8 @@ void draw(int64_t row_count, int64_t columns, int64_t stride, int dtype, uintptr
             uintptr_t unfiltered, const Lane& lane) {
     const OnDevice on(lane);
     gpu::sample({row_count, columns, stride, dtype, at<const void>(logits), static_cast<uint64_t>(seed), at<const int64_t>(requests),
-                 at<const int64_t>(steps), temperature, top_k, top_p, min_p, at<int64_t>(tokens), at<float>(logprob), at<float>(unfiltered)},
+                 at<const int64_t>(steps), temperature, top_k, top_p, min_p, at<int64_t>(tokens), at<float>(logprob),
+                 at<float>(unfiltered)},
                 workspace_of(lane, gpu::sample_workspace(row_count, columns), "sample"), stream_of(lane));
 }
 

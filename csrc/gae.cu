@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(WARPS* WARP) gae_kernel(GaeProblem p, int64_t 
     float after = 0.f;  // V of it
     fetch(end - RUN);
     for (int64_t from = end - RUN; from + RUN > begin; from -= RUN) {
-        __syncwarp();
 #pragma unroll
         for (int i = 0; i < EACH; ++i) rewards[i * WARP + lane] = reward[i], values[i * WARP + lane] = value[i];
         __syncwarp();
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(WARPS* WARP) gae_kernel(GaeProblem p, int64_t 
         after = __shfl_sync(0xffffffffu, v.x, 0);
         const double d3 = static_cast<double>(r.w) + p.gamma * next - v.w, d2 = static_cast<double>(r.z) + p.gamma * v.w - v.z;
         const double d1 = static_cast<double>(r.y) + p.gamma * v.z - v.y, d0 = static_cast<double>(r.x) + p.gamma * v.y - v.x;
-        double sum = d0 + p.gamma_lambda * (d1 + p.gamma_lambda * (d2 + p.gamma_lambda * d3));  // A, if nothing came after the lane's
+        double sum = d0 + p.gamma_lambda * (d1 + p.gamma_lambda * (d2 + p.gamma_lambda * d3));  // A, had the lane the last tokens
 #pragma unroll
         for (int i = 0; i < 5; ++i) {
             const double further = __shfl_down_sync(0xffffffffu, sum, 1 << i);

@@ -102,7 +102,8 @@ DEVICE void load_fragments(Fragments<T>& f, const bf16* stage, int down, int acr
         ldmatrix_x4(f.a[i], stage + place<T::DEPTH>(down + 16 * i + lane % 16, 2 * step + lane / 16));
 #pragma unroll
     for (int j = 0; j < T::WIDE / 2; ++j)
-        ldmatrix_x4(f.b[j], stage + T::ROWS * T::DEPTH + place<T::DEPTH>(across + 16 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+        ldmatrix_x4(f.b[j], stage + T::ROWS * T::DEPTH +
+                                place<T::DEPTH>(across + 16 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
 }
 
 template <class T, bool ALIGNED>
@@ -270,7 +271,8 @@ void start_bf16(const MatmulProblem& p, bool aligned, cudaStream_t stream) {
 
 void gpu::matmul(const MatmulProblem& p, cudaStream_t stream) {
     const int64_t size = p.dtype ? sizeof(bf16) : sizeof(float);
-    const bool aligned = p.depth * size % 16 == 0 && (reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight)) % 16 == 0;
+    const uintptr_t both = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight);
+    const bool aligned = p.depth * size % 16 == 0 && both % 16 == 0;
     // A tile that leaves much of a GPU without work is too large; a hundred is about what an A100 or H100 has room for at once.
     const auto fills = [&](int64_t rows, int64_t columns) { return ceil_div(p.rows, rows) * ceil_div(p.columns, columns) >= 100; };
     if (!p.dtype && p.rows > 16 && aligned && fills(128, 64)) {

@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(THREADS) momentum_kernel(OptimProblem p) {
 template <class T>
 __global__ void __launch_bounds__(THREADS) apply_kernel(OptimProblem p) {
     each_run(p, [&](const OptimSpan& s, int64_t begin) {
-        const bool whole = reinterpret_cast<uintptr_t>(s.parameter) % 16 == 0 && reinterpret_cast<uintptr_t>(s.other) % (4 * sizeof(T)) == 0;
+        const auto fits = [](const void* at, size_t bytes) { return reinterpret_cast<uintptr_t>(at) % bytes == 0; };
+        const bool whole = fits(s.parameter, 16) && fits(s.other, 4 * sizeof(T));
         each_four(s, begin, [&](int64_t at, int64_t left) {
             const Four update = take(static_cast<const T*>(s.other) + at, left, whole);
             Four x = take(s.parameter + at, left, whole);

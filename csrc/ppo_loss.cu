@@ -91,7 +91,9 @@ __global__ void __launch_bounds__(PPO_TERMS* WARP) ppo_terms_kernel(PpoLossProbl
 
 }  // namespace
 
-int64_t gpu::ppo_loss_workspace(int64_t tokens) { return ceil_div(tokens, PPO_BLOCK) * PPO_TERMS * static_cast<int64_t>(sizeof(double)); }
+int64_t gpu::ppo_loss_workspace(int64_t tokens) {
+    return ceil_div(tokens, PPO_BLOCK) * PPO_TERMS * static_cast<int64_t>(sizeof(double));
+}
 
 void gpu::ppo_loss(PpoLossProblem problem, float* terms, void* workspace, cudaStream_t stream) {
     const int64_t blocks = ceil_div(problem.tokens, PPO_BLOCK);

@@ -1,7 +1,7 @@
-// A token for each row of logits (sample.h), a block a row, by the CPU's rules (sample.inc): nothing is sorted, every filter comes down to
-// a least logit that is kept. Weights and their sums in blocks of 512 elements are the CPU's to the last bit, by the same operations in
-// the same order, none of them fused; so both draw the same token but where a random point or a filter's bound falls within
-// rounding of a border. Few rows have their maxima and sums made by many blocks each, and the row's own block goes on from there.
+// A token for each row of logits (sample.h), a block a row, by the CPU's rules (sample.inc): nothing is sorted, every filter comes
+// down to a least logit that is kept. Weights and their sums in blocks of 512 elements are the CPU's to the last bit, by the same
+// operations in the same order, none of them fused; so both draw the same token but where a random point or a filter's bound falls
+// within rounding of a border. Few rows have their maxima and sums made by many blocks each; the row's own block goes on from there.
 #include "device.cuh"
 #include "gpu.h"
 #include "sample.h"
@@ -186,7 +186,9 @@ DEVICE float least_kept(const Each& each, const Weight& weight, int n, float low
     int count_first = n, count_end = 0;
     double above = 0;  // weight from `end` on
     for (int step = 0; end - first > 1 && count_first - count_end > FEW; ++step) {
-        const int64_t middle = between(first, end, step < 5), bound[3] = {between(first, middle, step < 5), middle, between(middle, end, step < 5)};
+        const bool by_value = step < 5;
+        const int64_t middle = between(first, end, by_value);
+        const int64_t bound[3] = {between(first, middle, by_value), middle, between(middle, end, by_value)};
         const float bounds[3] = {ranked(bound[0]), ranked(bound[1]), ranked(bound[2])};
         const Mass mass = mass_from<WEIGHTED>(each, weight, bounds, shared);
         for (int i = 0; i < 3 && bound[i] < end; ++i) {
@@ -197,7 +199,6 @@ DEVICE float least_kept(const Each& each, const Weight& weight, int n, float low
     if (end - first <= 1) return ranked(first);
 
     const float from = ranked(first), to = ranked(end);
-    __syncthreads();
     if (threadIdx.x == 0) shared.few_count = 0;
     __syncthreads();
     each(from, [&](float value) {
@@ -288,8 +289,8 @@ template <class T>
 DEVICE Row<T> row_of(const SampleProblem& p, float* workspace, int64_t r, float inverse) {
     const int blocks = static_cast<int>((p.columns + BLOCK - 1) / BLOCK);
     float* const room = workspace + r * (blocks * (LANES + 1) + MOST_SPLITS);
-    return {static_cast<const T*>(p.logits) + r * p.stride, static_cast<int>(p.columns), blocks, -INFINITY, inverse, room + MOST_SPLITS,
-            room + MOST_SPLITS + blocks * LANES};
+    return {static_cast<const T*>(p.logits) + r * p.stride, static_cast<int>(p.columns), blocks, -INFINITY, inverse,
+            room + MOST_SPLITS, room + MOST_SPLITS + blocks * LANES};
 }
 template <class T>
 DEVICE float* maxima_of(const Row<T>& row) { return row.peaks - MOST_SPLITS; }
@@ -300,7 +301,8 @@ __global__ void __launch_bounds__(SPLIT_THREADS) sample_peaks_kernel(SampleProbl
     __shared__ float room[SPLIT_THREADS / WARP];
     const int split = blockIdx.x, splits = gridDim.x;
     const Row<T> row = row_of<T>(p, workspace, blockIdx.y, inverse);
-    const float highest = block_max(find_peaks(row, split_begin(row.blocks, split, splits), split_begin(row.blocks, split + 1, splits)), room);
+    const int first = split_begin(row.blocks, split, splits), end = split_begin(row.blocks, split + 1, splits);
+    const float highest = block_max(find_peaks(row, first, end), room);
     if (threadIdx.x == 0) maxima_of(row)[split] = highest;
 }
 DEVICE float largest_of(const float* maxima, int splits) {  // by each warp
@@ -338,7 +340,6 @@ __global__ void __launch_bounds__(THREADS) sample_kernel(SampleProblem p, float*
     const float least = greedy ? row.maximum : least_logit(p, row, total, shared);
     double kept = total;
     if (least > -INFINITY) {
-        __syncthreads();
         find_sums(row, 0, row.blocks, least);
         __syncthreads();
         kept = total_of(row.sums, row.blocks, shared);
@@ -353,7 +354,8 @@ __global__ void __launch_bounds__(THREADS) sample_kernel(SampleProblem p, float*
         shared.weights[i] = value >= least ? row.weight(value) : 0.f;
     }
     __syncthreads();
-    if (threadIdx.x < WARP) pass_point(shared.weights, BLOCK, shared.before, point, [&](int at, double) { shared.token = from + at; });
+    if (threadIdx.x < WARP)
+        pass_point(shared.weights, BLOCK, shared.before, point, [&](int at, double) { shared.token = from + at; });
     __syncthreads();
     if (threadIdx.x == 0) {
         const double z = (static_cast<double>(row.at(shared.token)) - row.maximum) / (greedy ? 1 : p.temperature);

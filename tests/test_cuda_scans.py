@@ -107,7 +107,8 @@ def test_both_halves_of_the_loss_match_the_oracle(M, scale):
 
 def test_the_loss_treats_ends_and_nan_as_the_cpu_does():
     cases = [([200.0, 0.0], [0.0, 0.0], [-1.0, 1.0]), ([-math.inf, 0.0], [0.0, 0.0], [1.0, 1.0]), ([0.0, math.nan], [0.0, 0.0], [1.0, 1.0]),
-             ([0.0, 0.0], [0.0, math.nan], [1.0, 1.0]), ([1e-4] * 50, [0.0] * 50, [1.0] * 50), ([5.0] * 3, [5.0] * 3, [0.0] * 3)]  # fmt: skip
+             ([0.0, 0.0], [0.0, math.nan], [1.0, 1.0]), ([1e-4] * 50, [0.0] * 50, [1.0] * 50), ([5.0] * 3, [5.0] * 3, [0.0] * 3),
+             ([0.0, 1.0], [0.0, 0.0], [math.nan, 1.0]), ([200.0, 0.0], [0.0, 0.0], [0.0, 1.0])]  # fmt: skip
     for case in cases:
         x, old, target = map(torch.tensor, case)
         for value in (False, True):
