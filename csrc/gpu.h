@@ -7,9 +7,14 @@
 #include <cstdint>
 
 #include "embedding.h"
+#include "gae.h"
 #include "loss.h"
+#include "matmul.h"
 #include "norm.h"
+#include "optim.h"
+#include "ppo_loss.h"
 #include "rope.h"
+#include "sample.h"
 #include "softmax.h"
 #include "swiglu.h"
 
@@ -34,5 +39,20 @@ void rope_backward(const RopeProblem& problem, const double* frequencies, void* 
 int64_t embedding_workspace(int64_t tokens, int64_t vocabulary);  // backward's
 void embedding_forward(const EmbeddingProblem& problem, cudaStream_t stream);  // an id out of range: NaN
 void embedding_backward(const EmbeddingProblem& problem, void* workspace, cudaStream_t stream);  // an id out of range: left out
+
+// Scans, losses, samples, updates and products (bind_cuda_scans.cpp).
+void gae(const GaeProblem& problem, int64_t tokens, cudaStream_t stream);  // tokens that `cu_seqlens` leaves out are NaN
+
+int64_t ppo_loss_workspace(int64_t tokens);
+void ppo_loss(PpoLossProblem problem, float* terms, void* workspace, cudaStream_t stream);
+
+// The spans' table is on the device. The sum of squares of NORM, a double, is left at the start of the workspace.
+int64_t optim_workspace();
+void optim(const OptimProblem& problem, void* workspace, cudaStream_t stream);
+
+int64_t sample_workspace(int64_t rows, int64_t columns);
+void sample(const SampleProblem& problem, void* workspace, cudaStream_t stream);
+
+void matmul(const MatmulProblem& problem, cudaStream_t stream);
 
 }  // namespace gpu
