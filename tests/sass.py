@@ -94,25 +94,35 @@ def kernels(text):
 
 
 def loops(code):
-    """The innermost loops of a kernel, each the instructions from the target of a branch backwards to the branch."""
-    spans = set()
-    for i in code:
-        target = re.search(r"0x([0-9a-f]+)", i.operands)
-        if i.opcode.startswith("BRA") and target and int(target[1], 16) < i.address:
-            spans.add((int(target[1], 16), i.address))
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [[i for i in code if begin <= i.address <= end] for begin, end in sorted(inner)]
+    """The loops of a kernel, each the instructions from the target of a branch backwards to the branch."""
+    spans = {(target, i.address) for i in code if (target := _target(i)) is not None and target < i.address}
+    return [[i for i in code if begin <= i.address <= end] for begin, end in sorted(spans)]
+
+
+def _target(i):
+    match = re.search(r"0x([0-9a-f]+)", i.operands) if i.opcode.startswith("BRA") else None
+    return int(match[1], 16) if match else None
 
 
 def unmasked_loop(code, product):
-    """Whether an innermost loop multiplies and takes exponentials of scores without choosing between a score and minus infinity:
-    a mask is a choice a score, so that a few choices are something else."""
-    for loop in loops(code):
-        count = [sum(i.opcode.startswith(op) for i in loop) for op in (product, "MUFU.EX2", "FSEL")]
-        chosen = count[2] + sum(bool(i.guard) and i.opcode.startswith(("MOV", "FADD", "FMUL", "FFMA")) for i in loop)
-        if count[0] and count[1] >= 8 and chosen < count[1] / 4:
-            return True
-    return False
+    """Whether a loop has a way through it that multiplies and takes exponentials of scores without choosing between a score and
+    minus infinity. A mask is a choice a score, so fewer than one for four exponentials are something else."""
+    return any(any(i.opcode.startswith(product) for i in loop) and _most_unmasked(loop) >= 8 for loop in loops(code))
+
+
+def _most_unmasked(loop):
+    """The most, over all ways through, of exponentials less four times the choices."""
+    best = {loop[0].address: 0}  # of the ways that lead to an instruction
+    for i, after in zip(loop, loop[1:], strict=False):
+        if i.address not in best:
+            continue  # only to be reached from outside
+        chooses = i.opcode.startswith(("FSEL", "SEL")) or bool(i.guard) and i.opcode.startswith("MOV")
+        score = best[i.address] + i.opcode.startswith("MUFU.EX2") - 4 * chooses
+        stays = not i.guard and (i.opcode == "BRA" and "," not in i.operands or i.opcode in ("EXIT", "RET"))
+        for address in (None if stays else after.address, _target(i)):
+            if address is not None and address > i.address:
+                best[address] = max(best.get(address, score), score)
+    return best.get(loop[-1].address, 0)
 
 
 def contents(listing):
