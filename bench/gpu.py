@@ -25,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 SECONDS = {"check": 90, "sanitizer": 100}  # the longest that one may take; rows have their own
-VERIFY_SHARE = 0.4  # of all the time, before the rows begin
+VERIFY_SHARE = 0.4  # of the time that is left after the build, before the rows begin
+LEAST = 100  # seconds for checks and rows, however long the build took
 SMI = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu"
 
 
@@ -213,11 +214,12 @@ class Session:
             if seconds < 3:
                 row = {"name": name, "verdict": "not run", "detail": "no time left", "seconds": 0}
             else:
+                began = self.clock()
                 try:
                     row = self.worker.ask({"kind": "check", "name": name, "runs": runs, "avoid": self.avoided(needs)}, seconds)
                     row = {"verdict": "FAILED", "detail": row.get("error", ""), "seconds": 0} | row
                 except Lost as lost:
-                    row = {"name": name, "verdict": "FAILED", "detail": str(lost), "seconds": round(seconds)}
+                    row = {"name": name, "verdict": "FAILED", "detail": str(lost), "seconds": round(self.clock() - began, 1)}
             self.checks.append(row)
             self.say(f"{row['verdict']:8} {name:26} {row['seconds']:6.1f} s  {row['detail'][:300]}")
             self.write()
@@ -320,17 +322,24 @@ def arguments(argv=None):
 
 
 def run(given):
-    """The whole of it; returns the exit status: 0 where every check passed that could be made."""
+    """The whole of it; returns the exit status: 0 where every check passed that could be made, 2 where there is no GPU."""
+    import torch
+
     began = time.monotonic()
     seconds = given.seconds or (120 if given.quick else 480)
+    if not given.emulated and not torch.cuda.is_available():
+        print("gpu.py: torch finds no GPU here; --emulated makes the checks on the CPU", file=sys.stderr)
+        return 2
+    sys.stdout.reconfigure(line_buffering=True)
     command = [sys.executable, __file__, "--worker", *(["--emulated"] if given.emulated else [])]
     session = Session(Worker(command), began + seconds, given.out)
     session.machine = {**query(), "host": platform.machine(), "cores": os.cpu_count()}
-    print(json.dumps(session.machine), flush=True)
+    print(json.dumps(session.machine))
     if not given.emulated and not given.no_build:
-        problem = build(0.6 * seconds)
+        problem = build(max(0.6 * seconds, 300))
         session.notes.append(problem or f"built in {time.monotonic() - began:.0f} s")
-        print(session.notes[-1], flush=True)
+        session.deadline = max(session.deadline, session.clock() + LEAST)
+        print(session.notes[-1])
     import gpu_rows  # needs the built module
     import gpu_verify
 

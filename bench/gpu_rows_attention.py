@@ -4,6 +4,7 @@ import inspect
 import time
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,6 +23,9 @@ AVOID = frozenset()  # variants that are not to be run, as a check of theirs fai
 
 
 def compiled(f, device):
+    """torch's compiler's version of f where it is timed. Its backward pass can run again and again, for which it must give nothing
+    away."""
+    torch._functorch.config.donated_buffer = False
     return torch.compile(f, dynamic=False) if device == "cuda" else f
 
 

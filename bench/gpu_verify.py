@@ -366,7 +366,7 @@ def _sample(place):
 
 @check("optimiser")
 def _optimiser(place):
-    shapes = [(1,), (17,), (3, 5), (64, 48)] + [] if place.small else [(1,), (17,), (768, 3072), (50304, 16)]
+    shapes = [(1,), (17,), (64, 48)] if place.small else [(1,), (17,), (64, 48), (768, 3072), (50304, 16)]
     params, gradients = ([place.randn(*s, seed=i + j) for i, s in enumerate(shapes)] for j in (0, 50))
     close(torch.tensor(optim.gradient_norm(gradients)), torch.cat([g.double().flatten() for g in gradients]).norm().cpu(), roundings=16)
     moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
@@ -419,8 +419,9 @@ def _graphs(place):
     if place.device != "cuda":
         raise LookupError("needs a GPU")
     q, k, v = (place.randn(300, heads, 64, seed=i).bfloat16() for i, heads in enumerate((4, 2, 2)))
-    bounds, row = place.bounds((100, 200)), place.randn(30, 500)
-    for call in (lambda: ops.attention(q, k, v, bounds), lambda: ops.softmax(row), lambda: ops.attention_decode(q[:8], k[None].expand(8, -1, -1, -1), v[None].expand(8, -1, -1, -1), place.bounds([3] * 7))):
+    bounds, lengths, row = place.bounds((100, 200)), place.bounds([3] * 7), place.randn(30, 500)
+    caches = [x[None].expand(8, -1, -1, -1) for x in (k, v)]
+    for call in (lambda: ops.attention(q, k, v, bounds), lambda: ops.softmax(row), lambda: ops.attention_decode(q[:8], *caches, lengths)):
         call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -435,13 +436,13 @@ def _graphs(place):
 
 @check("large offsets")
 def _large(place):
-    """More than 2^31 elements: the last rows are as they are alone."""
+    """More than 2^31 elements: the last rows are as they are alone, where few long rows may be summed in another order."""
     if place.device != "cuda" or torch.cuda.mem_get_info()[0] < 40 << 30:
         raise LookupError("needs a GPU with 40 GB free")
     x = torch.randn(70_000, 32_768, dtype=BF16, device="cuda")
-    same(ops.softmax(x)[-3:], ops.softmax(x[-3:].clone()), "softmax")
+    close(ops.softmax(x)[-3:], ops.softmax(x[-3:].clone()), BF16, roundings=2)
     targets = place.randint(32_768, len(x))
-    same(ops.logits_logprobs(x, targets)[0][-3:], ops.logits_logprobs(x[-3:].clone(), targets[-3:])[0], "loss")
+    close(ops.logits_logprobs(x, targets)[0][-3:], ops.logits_logprobs(x[-3:].clone(), targets[-3:])[0], roundings=32)
     del x
     q = torch.randn(1_100_000, 16, 128, dtype=BF16, device="cuda")
     bounds = torch.arange(0, len(q) + 1, 50, device="cuda", dtype=torch.int32)

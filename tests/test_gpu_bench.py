@@ -186,6 +186,7 @@ KINDS = ["cuBLAS", "copy 4", "forward D128 S4096 causal", "backward D128 S4096 f
          "loss head with", "loss head,", "loss head memory", "training", "logprobs", "RMSNorm", "SwiGLU", "RoPE", "sample"]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_built_and_their_contenders_agree(bench, kind):
     """In tiny sizes on the CPU, where some of torch's backends are not."""
@@ -233,6 +234,12 @@ def test_what_the_sanitizer_says_is_a_line(bench, monkeypatch, tmp_path):
     assert bench.gpu.sanitize(["softmax"], [], 1)["verdict"] == "skipped"
     monkeypatch.setattr(bench.gpu, "sanitizer_command", lambda: None)
     assert bench.gpu.sanitize(["softmax"], [], 1)["detail"] == "it is not here"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(bench, capsys):
+    assert bench.gpu.run(bench.gpu.arguments([])) == 2
+    assert capsys.readouterr().err.startswith("gpu.py: torch finds no GPU here")
 
 
 @pytest.mark.skipif(not hasattr(backend, "emulate"), reason="this backend cannot be emulated")
