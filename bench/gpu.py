@@ -266,7 +266,9 @@ def line(result, ceilings):
     rate = result["rate"][ours]
     share = f"{rate / ceilings[unit]:5.0%}" if unit in ceilings else "     "
     peers = ", ".join(f"{name.removeprefix('nanorlhf ')} {ms[0]:.3g}" for name, ms in result["ms"].items() if name != ours)
-    bar = f"{result['ratio']:5.2f} of {result['against']} (must {result['must']:g}, aim {result['aim']:g})" if result["must"] and result["ratio"] else ""
+    bar = ""
+    if result["must"] and result["ratio"]:
+        bar = f"{result['ratio']:5.2f} × {result['against']} (must {result['must']:g}, aim {result['aim']:g})"
     median, spread = result["ms"][ours]
     return f"{result['name']:30} {median:8.3f} ms ±{spread:6.3f} {rate:7.1f} {unit:7} {share} {result['verdict']:10} {bar} [{peers}]"
 

@@ -42,7 +42,8 @@ def softmax(shape, dtype):
     def build(device, tiny):
         x = torch.randn(shape if not tiny else (3, 50), device=device, dtype=dtype)
         torchs = compiled(lambda x: x.softmax(-1), device)
-        ways = {OURS: lambda: ops.softmax(x), "torch": lambda: x.softmax(-1), "compiled": lambda: torchs(x), "copy": copying(2 * x.nbytes, device)}
+        ways = {OURS: lambda: ops.softmax(x), "torch": lambda: x.softmax(-1), "compiled": lambda: torchs(x),
+                "copy": copying(2 * x.nbytes, device)}  # fmt: skip
         return Case(ways, 2 * x.nbytes / 1e9, "GB/s")
 
     return build
@@ -94,7 +95,8 @@ def loss_head(entropy, memory=False):
         inputs = loss_inputs(device, tiny)
         fused = compiled(torchs, device)
         work = 6 * inputs[0].numel() * inputs[1].shape[0] / 1e12  # the logits that are computed again are not counted
-        ways = {name: lambda f=f: torch.autograd.grad(f(*inputs), inputs[:2]) for name, f in ((OURS, ours), ("torch", torchs), ("compiled", fused))}
+        losses = {OURS: ours, "torch": torchs, "compiled": fused}
+        ways = {name: lambda f=f: torch.autograd.grad(f(*inputs), inputs[:2]) for name, f in losses.items()}
         numbers = {}
         if memory:
             numbers = {f"peak GB {name}": round(peak(ways[name], device), 3) for name in (OURS, "torch")}
@@ -133,8 +135,8 @@ def both_directions(ours, torchs, tensors, nbytes):
 
 
 def _normed(device, tiny):
-    rows = 16384 if not tiny else 6
-    return torch.randn(rows, 4096 if not tiny else 48, device=device, dtype=BF16), torch.randn(4096 if not tiny else 48, device=device, dtype=BF16)
+    N, C = (16384, 4096) if not tiny else (6, 48)
+    return torch.randn(N, C, device=device, dtype=BF16), torch.randn(C, device=device, dtype=BF16)
 
 
 def _gated(device, tiny):
@@ -154,7 +156,8 @@ def sampled(device, tiny):
     logits = torch.randn((256, 131072) if not tiny else (4, 60), device=device)
     requests, steps = torch.arange(len(logits), device=device), torch.zeros(len(logits), dtype=torch.int64, device=device)
     ways = {OURS: lambda: ops.sample(logits, 0, requests, steps, top_k=50, top_p=0.95),
-            "torch softmax + multinomial, no filter": lambda: logits.softmax(-1).multinomial(1), "copy": copying(logits.nbytes, device)}  # fmt: skip
+            "torch softmax + multinomial, no filter": lambda: logits.softmax(-1).multinomial(1),
+            "copy": copying(logits.nbytes, device)}  # fmt: skip
     return Case(ways, logits.nbytes / 1e9, "GB/s", compared=False)
 
 
@@ -210,18 +213,21 @@ def rows():
         Row("loss head, cross entropy alone", loss_head(False), ("torch", "compiled"), 2.5, 2.5, ("loss",)),
         Row("loss head memory", loss_head(False, memory=True), ("torch's peak",), 4.0, 4.0, ("loss",), True, memory_ratio),
         Row("training step 124M", step(), ("compiled",), 1.2, 1.5, ("attention portable", "attention sm90", "norm", "loss"), patience=170),
-        Row("logprobs of given logits", given_logits, ("copy",), None, None, ("loss",)),
-        Row("RMSNorm both ways", both_directions(ops.rms_norm, rms_norm_reference, _normed, lambda x, w: 5 * x.nbytes), ("copy",), None, None, ("norm",)),
-        Row("SwiGLU both ways", both_directions(ops.swiglu, swiglu_reference, _gated, lambda g, u: 8 * g.nbytes), ("copy",), None, None, ("swiglu",)),
+        Row("logprobs of given logits", given_logits, ("copy",), needs=("loss",)),
+        Row("RMSNorm both ways", both_directions(ops.rms_norm, rms_norm_reference, _normed, lambda x, w: 5 * x.nbytes), ("copy",),
+            needs=("norm",)),
+        Row("SwiGLU both ways", both_directions(ops.swiglu, swiglu_reference, _gated, lambda g, u: 8 * g.nbytes), ("copy",),
+            needs=("swiglu",)),
         Row("RoPE both ways", both_directions(_rope(ops.rope_qkv), _rope(rope_qkv_reference), _turned,
-                                              lambda q, k, v: 4 * (q.nbytes + k.nbytes + v.nbytes)), ("copy",), None, None, ("rope",)),
-        Row("sample 256 x 131072", sampled, ("copy",), None, None, ("sample",)),
+                                              lambda q, k, v: 4 * (q.nbytes + k.nbytes + v.nbytes)), ("copy",), needs=("rope",)),
+        Row("sample 256 x 131072", sampled, ("copy",), needs=("sample",)),
     ]  # fmt: skip
     return sorted(attention + found, key=_order)
 
 
 def _order(row):
     """What has a bar, the most telling rows first: the end of the list is what is left out when time is short."""
-    first = ("forward D128", "backward D128", "forward D64", "packed", "decode", "64 samples", "softmax", "loss head", "training", "backward D64")
+    first = ("forward D128", "backward D128", "forward D64", "packed", "decode", "64 samples", "softmax", "loss head", "training",
+             "backward D64")  # fmt: skip
     place = next((i for i, start in enumerate(first) if row.name.startswith(start)), len(first))
     return (not row.quick, row.must is None, place)

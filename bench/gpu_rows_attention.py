@@ -37,7 +37,8 @@ def pinned(backend, q, k, v, causal, **more):
 def varlen(q, k, v, cu_seqlens, longest, causal):
     from torch.nn.attention.varlen import varlen_attn
 
-    way = {"is_causal": causal} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0 if causal else -1)}
+    named = "is_causal" in inspect.signature(varlen_attn).parameters  # in the first releases that have it
+    way = {"is_causal": causal} if named else {"window_size": (-1, 0 if causal else -1)}
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **way)
 
 
@@ -172,10 +173,10 @@ def decode(B, T, H=32, Hkv=8, D=128, paged=False, page=64):
             pools = [torch.empty(b * t // page, page, Hkv, D, device=device, dtype=torch.bfloat16) for _ in range(2)]
             for pool, cache in zip(pools, (k, v), strict=True):
                 pool[pages.flatten().long()] = cache.view(-1, page, Hkv, D)
-            ways = {OURS: lambda: ops.attention_paged(q, *pools, pages, lengths), "dense": ways[OURS]}
-        for name, backend in BACKENDS.items():
-            if name != "efficient":  # which knows no groups of queries
-                ways[name] = lambda backend=backend: pinned(backend, q[:, :, None], *(x.transpose(1, 2) for x in (k, v)), False, enable_gqa=True)
+            ways = {OURS: lambda: ops.attention_paged(q, *pools, pages, lengths), "not paged": ways[OURS]}
+        dense = q[:, :, None], *(x.transpose(1, 2) for x in (k, v))
+        for name in ("cuDNN", "flash"):  # "efficient" knows no groups of queries
+            ways[name] = lambda backend=BACKENDS[name]: pinned(backend, *dense, False, enable_gqa=True)
         ways["copy"] = copying(2 * k.nbytes, device)
         return Case(ways, 2 * k.nbytes / 1e9, "GB/s", numbers={"KV MB": 2 * k.nbytes / 1e6})
 

@@ -139,15 +139,16 @@ def _softmax(place):
 
 @check("loss")
 def _loss(place):
+    reference = logits_logprobs_reference
     for N, C, V in place.some((1, 1, 1), (5, 8, 15), (5, 16, 257), (0, 4, 5), (70, 64, 5003), (300, 128, 32768)):
         hidden, weight, targets = place.randn(N, C), place.randn(V, C, seed=1), place.randint(V, N)
-        earned(lambda h, w: ops.token_logprobs(h, w, targets, 0.7), lambda h, w: logits_logprobs_reference(h @ w.T, targets, 0.7), (hidden, weight))
+        earned(lambda h, w: ops.token_logprobs(h, w, targets, 0.7), lambda h, w: reference(h @ w.T, targets, 0.7), (hidden, weight))
         for dtype in (F32, BF16):
-            earned(lambda x: ops.logits_logprobs(x, targets, 1.5), lambda x: logits_logprobs_reference(x, targets, 1.5), (hidden @ weight.T,), dtype)
+            earned(lambda x: ops.logits_logprobs(x, targets, 1.5), lambda x: reference(x, targets, 1.5), (hidden @ weight.T,), dtype)
     hidden, weight, targets = place.randn(40, 64).bfloat16(), place.randn(300, 64, seed=1).bfloat16(), place.randint(300, 40)
-    exact = logits_logprobs_reference(hidden.double() @ weight.double().T, targets)
-    for ours, reference in zip(ops.token_logprobs(hidden, weight, targets), exact, strict=True):
-        close(ours, reference, roundings=64)  # products of bf16 are exact in fp32: only sums round
+    exact = reference(hidden.double() @ weight.double().T, targets)
+    for ours, expected in zip(ops.token_logprobs(hidden, weight, targets), exact, strict=True):
+        close(ours, expected, roundings=64)  # products of bf16 are exact in fp32: only sums round
     targets[::3] = -100
     counted = targets != -100
     with poisoned():
@@ -167,14 +168,15 @@ def _norm(place):
 
 @check("rope")
 def _rope(place):
-    for N, H, Hkv, D in place.some((1, 1, 1, 2), (5, 3, 1, 30), (0, 2, 2, 8), (40, 4, 2, 64), (300, 4, 2, 64), (40, 12, 12, 128), (3000, 12, 4, 64)):
+    shapes = (1, 1, 1, 2), (5, 3, 1, 30), (0, 2, 2, 8), (40, 4, 2, 64), (300, 4, 2, 64), (40, 12, 12, 128), (3000, 12, 4, 64)
+    for N, H, Hkv, D in place.some(*shapes):
         positions = place.randint(3000, N)
         for dtype in (F32, BF16):
             q, k, v = (place.randn(N, heads, D, seed=i) for i, heads in enumerate((H, Hkv, Hkv)))
             weights = place.randn(D, seed=3), place.randn(D, seed=4)
             earned(lambda x: ops.rope(x, positions), lambda x: rope_reference(x, positions), (q,), dtype)
-            earned(lambda q, k, v, *w: ops.rope_qkv(q, k, v, positions, 1e4, *w), lambda q, k, v, *w: rope_qkv_reference(q, k, v, positions, 1e4, *w),
-                   (q, k, v, *weights), dtype)  # fmt: skip
+            earned(lambda q, k, v, *w: ops.rope_qkv(q, k, v, positions, 1e4, *w),
+                   lambda q, k, v, *w: rope_qkv_reference(q, k, v, positions, 1e4, *w), (q, k, v, *weights), dtype)  # fmt: skip
 
 
 @check("swiglu")
@@ -230,7 +232,8 @@ def _neighbours(place, dtype):
         kind = [x.clone() for x in inputs]
         for x in inputs:
             x[70:135] = math.nan
-        for ours, clean in zip(*(values_and_gradients(lambda *x: ops.attention(*x, bounds), xs, dtype) for xs in (inputs, kind)), strict=True):
+        spoilt, right = (values_and_gradients(lambda *x: ops.attention(*x, bounds), xs, dtype) for xs in (inputs, kind))
+        for ours, clean in zip(spoilt, right, strict=True):
             same(torch.cat((ours[:70], ours[135:])), torch.cat((clean[:70], clean[135:])), f"beside NaN, head size {D}")
 
 
@@ -240,7 +243,8 @@ def _attention(place, dtype):
     N = 37
     for scale in (-0.7, 0.0, 3.0):
         inputs, cu_seqlens = [place.randn(N, heads, 64, seed=i) for i, heads in enumerate((2, 1, 1))], place.bounds((N,))
-        earned(lambda *x: ops.attention(*x, cu_seqlens, True, scale), lambda *x: attention_reference(*x, cu_seqlens, True, scale), inputs, dtype)
+        earned(lambda *x: ops.attention(*x, cu_seqlens, True, scale), lambda *x: attention_reference(*x, cu_seqlens, True, scale),
+               inputs, dtype)  # fmt: skip
 
 
 def _forward_alone(place, dtype):
@@ -281,7 +285,8 @@ def _decode_case(place, lengths, prefixes, owner, H, Hkv, D, dtype):
     for b, n in enumerate(lengths):
         k[b, n:] = v[b, n:] = math.nan
     shared = [place.randn(sum(prefixes), Hkv, D, seed=i).to(dtype) for i in (3, 4)]
-    return q, k, v, torch.tensor(lengths).int().to(place.device), (*shared, place.bounds(prefixes), torch.tensor(owner).int().to(place.device))
+    owner, lengths = (torch.tensor(x).int().to(place.device) for x in (owner, lengths))
+    return q, k, v, lengths, (*shared, place.bounds(prefixes), owner)
 
 
 @check("decode")
@@ -354,7 +359,8 @@ def _sample(place):
     for B, V in place.some((1, 1), (7, 50), (40, 300), (64, 50257), (3, 131072)):
         for dtype in (F32, BF16):
             logits, requests, steps = (3 * place.randn(B, V)).to(dtype), place.randint(9999, B), place.randint(99, B, seed=1)
-            for settings in ({}, {"temperature": 0.0}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0.7, "top_k": 50, "top_p": 0.95}):
+            several = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
+            for settings in ({}, {"temperature": 0.0}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}, several):
                 with poisoned():
                     tokens, *ours = ops.sample(logits, 5, requests, steps, **settings)
                 expected, *exact = sample_reference(logits.double(), 5, requests, steps, **settings)

@@ -34,6 +34,10 @@ def is_tuned(file, name):
     return file in ROWS or file == "matmul" and "bf16" in name.arguments
 
 
+def direction(file, name):
+    return "backward" if re.search("backward|gradient", file + name.name) else "forward" if "forward" in name.name else ""
+
+
 def source(record, name):
     return Path(record.get("file", "") or name.file).stem
 
@@ -51,8 +55,8 @@ def cuobjdump(*options):
     disassembler = sass.tool("nvdisasm", "nvidia-cuda-nvdisasm")
     if program is None or disassembler is None:
         pytest.skip("cuobjdump or nvdisasm is not here; pip install .[test] brings them")
-    path = os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])
-    return subprocess.run([program, *options, str(LIBRARY)], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}).stdout
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])}
+    return subprocess.run([program, *options, str(LIBRARY)], capture_output=True, text=True, check=True, env=env).stdout
 
 
 @cache
@@ -116,7 +120,7 @@ def test_hopper_attention_multiplies_with_wgmma_and_loads_with_tma():
         assert not narrow, f"{kernel.symbol}: {narrow} products of the older kind"
         assert bool(products) == bool(loads) or AUXILIARY.search(name.name), f"{kernel.symbol}: {products} HGMMA, {loads} UTMALDG"
         if products and kernel.count("UTMALDG"):
-            complete |= {(way, D) for way in ("forward", "backward") if way in name.name for D in SIZES if D in name.numbers}
+            complete |= {(direction(file, name), D) for D in SIZES if D in name.numbers}
     assert complete == {(way, D) for way in ("forward", "backward") for D in SIZES}, f"only {sorted(complete)}"
 
 
@@ -124,17 +128,17 @@ def test_hopper_attention_multiplies_with_wgmma_and_loads_with_tma():
 def test_portable_attention_uses_the_tensor_cores_and_loads_ahead():
     complete = set()
     for file, name, kernel in code():
-        if file.startswith("attention_portable") and re.search("forward|backward", name.name) and not AUXILIARY.search(name.name):
+        if file.startswith("attention_portable") and direction(file, name) and not AUXILIARY.search(name.name):
             assert kernel.count("HMMA"), f"{kernel.arch} {kernel.symbol}: no HMMA"
             if kernel.count("LDSM") and kernel.count("LDGSTS"):  # unlike what takes addresses that are no multiple of 16
-                complete |= {(way, D) for way in ("forward", "backward") if way in name.name for D in SIZES if D in name.numbers[:1]}
+                complete |= {(direction(file, name), D) for D in SIZES if D in name.numbers[:1]}
     assert complete == {(way, D) for way in ("forward", "backward") for D in SIZES}, f"only {sorted(complete)}"
 
 
 @built
 @pytest.mark.parametrize(("file", "product"), [("attention_portable", "HMMA"), ("attention_sm90", "HGMMA")])
 def test_the_forward_has_a_loop_without_a_mask(file, product):
-    chosen = [k for f, n, k in code() if f.startswith(file) and "forward" in n.name and SIZES & {*n.numbers[:1]}
+    chosen = [k for f, n, k in code() if f.startswith(file) and direction(f, n) == "forward" and SIZES & {*n.numbers[:1]}
               and k.count(product)]
     if not chosen:
         pytest.skip(f"no forward kernel of {file} is built")

@@ -93,8 +93,8 @@ def test_a_peer_that_cannot_run_or_disagrees_is_named(bench):
     def broken():
         raise RuntimeError("not on this card")
 
-    ways = {"ours": lambda: torch.ones(3), "right": lambda: torch.ones(3, 1), "wrong": lambda: torch.tensor([1.0, 1.0, 2.0]), "broken": broken,
-            "nan": lambda: torch.full((3,), math.nan), "copy": lambda: None}  # fmt: skip
+    ways = {"ours": lambda: torch.ones(3), "right": lambda: torch.ones(3, 1), "wrong": lambda: torch.tensor([1.0, 1.0, 2.0]),
+            "broken": broken, "nan": lambda: torch.full((3,), math.nan), "copy": lambda: None}  # fmt: skip
     good, errors = bench.gpu_time.tried(bench.gpu_time.Case(ways, 1.0, "GB/s"))
     assert [*good] == ["ours", "right", "wrong", "nan", "copy"] and [*errors] == ["wrong", "broken", "nan"]
     assert errors["broken"] == "RuntimeError: not on this card" and "differs by 1 of 2" in errors["wrong"]
@@ -108,12 +108,14 @@ def test_the_ratio_is_to_the_fastest_of_those_named(bench):
 
 
 def test_a_session_goes_on_after_losses_and_writes_down_what_it_has(bench, tmp_path):
-    table = {"softmax": {"name": "softmax", "verdict": "FAILED", "detail": "AssertionError: error", "seconds": 1}, "norm": bench.gpu.Lost("no answer in 9 s"),
+    table = {"softmax": {"name": "softmax", "verdict": "FAILED", "detail": "AssertionError: error", "seconds": 1},
+             "norm": bench.gpu.Lost("no answer in 9 s"),
              "a": answer("a"), "b": bench.gpu.Lost("the process died with status -6"), "c": answer("c", 3.0), "d": {"name": "d", "error": "OutOfMemoryError"},
              "cuBLAS 8192^3": answer("cuBLAS 8192^3", 0.125, must=None, aim=None)}  # fmt: skip
     session = bench.gpu.Session(Answers(table), 1e9, tmp_path, lambda: 0.0, lambda text: None)
     session.check(["softmax", "norm", "loss"], 1e9)
-    session.time([row(bench, "cuBLAS 8192^3"), row(bench, "a", needs=("loss",)), row(bench, "b"), row(bench, "c", needs=("softmax",)), row(bench, "d")])
+    session.time([row(bench, "cuBLAS 8192^3"), row(bench, "a", needs=("loss",)), row(bench, "b"), row(bench, "c", needs=("softmax",)),
+                  row(bench, "d")])  # fmt: skip
     assert [c["verdict"] for c in session.checks] == ["FAILED", "FAILED", "ok"]
     assert [r["verdict"] for r in session.rows] == ["-", "aim", "error", "unverified", "error"]
     assert json.loads((tmp_path / "gpu.json").read_text())["rows"] == session.rows
@@ -140,7 +142,8 @@ def test_hopper_kernels_that_fail_are_not_run_again(bench):
     worker = Answers(table)
     session = bench.gpu.Session(worker, 1e9, None, lambda: 0.0, lambda text: None)
     session.check(["attention portable", "attention sm90 forward", "attention sm90", "determinism"], 1e9)
-    session.time([row(bench, "forward", needs=("attention sm90 forward",)), row(bench, "backward", needs=("attention portable", "attention sm90"))])
+    session.time([row(bench, "forward", needs=("attention sm90 forward",)),
+                  row(bench, "backward", needs=("attention portable", "attention sm90"))])  # fmt: skip
     assert [q["avoid"] for q in worker.asked] == [[], [], [], ["sm90"], [], ["sm90"]]
     assert [r["verdict"] for r in session.rows] == ["aim", "aim"] and session.rows[1]["numbers"] == {"variant": "portable"}
 
