@@ -351,7 +351,7 @@ def run(given):
     until = session.clock() + VERIFY_SHARE * session.left()
     if not given.no_verify:
         runs = 3 if given.emulated else 20 if given.quick else 100
-        session.check([n for n in gpu_verify.CHECKS if wanted(n)], session.deadline if given.emulated else until, runs)
+        session.check([n for n in gpu_verify.checks() if wanted(n)], session.deadline if given.emulated else until, runs)
     if not given.emulated:
         if not given.quick and not given.no_verify and wanted("compute-sanitizer"):
             avoid = session.avoided(["attention sm90 forward", "attention sm90"])
