@@ -106,11 +106,13 @@ def work(given):
         rows = {row.name: row for row in [*gpu_rows.CEILINGS, *gpu_rows.rows()]}
         for line in sys.stdin:
             question = json.loads(line)
-            avoid = frozenset(question["avoid"])
+            avoid = frozenset(question.get("avoid", ()))
             if hasattr(module, "attention_variant"):
                 module.attention_variant("portable" if avoid else "auto")
             try:
-                if question["kind"] == "check":
+                if question["kind"] == "hello":
+                    answer = software(torch, device)
+                elif question["kind"] == "check":
                     place = gpu_verify.Place(device, given.emulated or given.sanitized, question["runs"], module, avoid)
                     answer = gpu_verify.run_checks(place, [question["name"]], note=lambda text: None)[0]
                 else:
@@ -118,7 +120,7 @@ def work(given):
                     answer = gpu_time.measured(rows[question["name"]], gpu_time.Events(), seconds=6)
                     answer["numbers"] |= card(torch)
             except Exception as error:  # a row that breaks is a line that says so
-                answer = {"name": question["name"], "error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+                answer = {"name": question.get("name"), "error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
             answer |= settled(torch, gc, device)
             print("RESULT " + json.dumps(answer), flush=True)
 
@@ -134,6 +136,16 @@ def settled(torch, gc, device):
     except Exception:  # whatever it is, the context is gone
         return {"fatal": True}
     return {}
+
+
+def software(torch, device):
+    """What the numbers depend on beside the card."""
+    found = {"torch": torch.__version__}
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "capability": f"{gpu.major}.{gpu.minor}",
+                  "multiprocessors": gpu.multi_processor_count}  # fmt: skip
+    return found
 
 
 def card(torch):
@@ -206,6 +218,18 @@ class Session:
     def avoided(self, needs):
         """The variants that a row or check must not use, as what it needs of them is wrong."""
         return ["sm90"] if any("sm90" in n and self.verdict_of(n) == "FAILED" for n in needs) else []
+
+    def begin(self, seconds):
+        """Whether the worker can work at all."""
+        try:
+            answer = self.worker.ask({"kind": "hello"}, seconds)
+        except Lost as lost:
+            answer = {"error": str(lost)}
+        if "error" in answer:
+            self.notes.append(f"the worker cannot start: {answer['error']}")
+            return False
+        self.machine |= answer
+        return True
 
     def check(self, names, until, runs=100):
         for name in names:
@@ -324,7 +348,7 @@ def arguments(argv=None):
 
 
 def run(given):
-    """The whole of it; returns the exit status: 0 where every check passed that could be made, 2 where there is no GPU."""
+    """The whole of it; returns the exit status: 0 where every check passed that could be made, 2 where nothing can be done."""
     import torch
 
     began = time.monotonic()
@@ -336,12 +360,15 @@ def run(given):
     command = [sys.executable, __file__, "--worker", *(["--emulated"] if given.emulated else [])]
     session = Session(Worker(command), began + seconds, given.out)
     session.machine = {**query(), "host": platform.machine(), "cores": os.cpu_count()}
-    print(json.dumps(session.machine))
     if not given.emulated and not given.no_build:
         problem = build(max(0.6 * seconds, 300))
         session.notes.append(problem or f"built in {time.monotonic() - began:.0f} s")
         session.deadline = max(session.deadline, session.clock() + LEAST)
         print(session.notes[-1])
+    if not session.begin(900 if given.emulated else 120):
+        session.write()
+        print(session.notes[-1])
+        return 2
     import gpu_rows  # needs the built module
     import gpu_verify
 

@@ -239,6 +239,13 @@ def test_what_the_sanitizer_says_is_a_line(bench, monkeypatch, tmp_path):
     assert bench.gpu.sanitize(["softmax"], [], 1)["detail"] == "it is not here"
 
 
+def test_a_worker_that_cannot_start_ends_the_run(bench):
+    session = bench.gpu.Session(bench.gpu.Worker([sys.executable, "-c", "raise SystemExit(4)"]), 1e9)
+    assert not session.begin(30) and session.notes == ["the worker cannot start: the process died with status 4"]
+    answering = type("Worker", (), {"ask": lambda self, question, seconds: {"torch": "2"}})
+    assert bench.gpu.Session(answering(), 1e9).begin(30)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(bench, capsys):
     assert bench.gpu.run(bench.gpu.arguments([])) == 2
