@@ -96,10 +96,10 @@ def work(given):
     import gpu_verify
     from nanorlhf.ops import backend
 
-    device = "cpu" if given.emulated else "cuda"
+    device = "cpu" if given.emulated or given.host else "cuda"
     if given.emulated:
         import emulated
-    else:
+    elif device == "cuda":
         backend.force("cuda")
     with emulated.kernels() if given.emulated else nullcontext() as kernels:
         module = kernels or gpu_verify.native_module(device)
@@ -113,11 +113,12 @@ def work(given):
                 if question["kind"] == "hello":
                     answer = software(torch, device)
                 elif question["kind"] == "check":
-                    place = gpu_verify.Place(device, given.emulated or given.sanitized, question["runs"], module, avoid)
+                    place = gpu_verify.Place(device, device == "cpu" or given.sanitized, question["runs"], module, avoid)
                     answer = gpu_verify.run_checks(place, [question["name"]], note=lambda text: None)[0]
                 else:
                     gpu_rows.gpu_rows_attention.AVOID = avoid
-                    answer = gpu_time.measured(rows[question["name"]], gpu_time.Events(), seconds=6)
+                    watch = gpu_time.HostClock() if device == "cpu" else gpu_time.Events()
+                    answer = gpu_time.measured(rows[question["name"]], watch, device, device == "cpu", seconds=6)
                     answer["numbers"] |= card(torch)
             except Exception as error:  # a row that breaks is a line that says so
                 answer = {"name": question.get("name"), "error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
@@ -292,7 +293,8 @@ def line(result, ceilings):
     peers = ", ".join(f"{name.removeprefix('nanorlhf ')} {ms[0]:.3g}" for name, ms in result["ms"].items() if name != ours)
     bar = ""
     if result["must"] and result["ratio"]:
-        bar = f"{result['ratio']:5.2f} × {result['against']} (must {result['must']:g}, aim {result['aim']:g})"
+        aim = f", aim {result['aim']:g}" if result["aim"] else ""
+        bar = f"{result['ratio']:5.2f} × {result['against']} (must {result['must']:g}{aim})"
     median, spread = result["ms"][ours]
     return f"{result['name']:30} {median:8.3f} ms ±{spread:6.3f} {rate:7.1f} {unit:7} {share} {result['verdict']:10} {bar} [{peers}]"
 
@@ -342,7 +344,7 @@ def arguments(argv=None):
     parser.add_argument("--no-build", action="store_true")
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--emulated", action="store_true")
-    for hidden in ("--worker", "--sanitized"):
+    for hidden in ("--worker", "--sanitized", "--host"):  # what a worker is told; --host: this CPU's own kernels, tiny
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -218,10 +218,10 @@ def rows():
                 found.append(Row(f"forward {shape}", dense(D, S, causal, False), ("cuDNN",), *forward_bars(D, S), forward, fast))
                 found.append(Row(f"backward {shape}", dense(D, S, causal, True), ("cuDNN",), 0.7, 1.0, backward, fast))
     for D in (128, 64):
-        found.append(Row(f"packed forward D{D}", packed(D, False), ("flex",), 2.0, 2.0, forward, D == 128))
-        found.append(Row(f"packed backward D{D}", packed(D, True), ("flex",), 2.0, 2.0, backward))
+        found.append(Row(f"packed forward D{D}", packed(D, False), ("flex",), 2.0, None, forward, D == 128))
+        found.append(Row(f"packed backward D{D}", packed(D, True), ("flex",), 2.0, None, backward))
     for B, T in ((8, 2048), (64, 2048), (4, 32768)):
-        found.append(Row(f"decode B{B} T{T}", decode(B, T), ("copy",), 0.85, 1.0, ("decode",), B == 64))
-    found.append(Row("decode paged B64 T2048", decode(64, 2048, paged=True), ("copy",), 0.85, 1.0, ("paged",)))
-    found.append(Row("64 samples of a 2k prompt", shared_prompt(), ("unshared",), 5.0, 5.0, ("decode",), True))
+        found.append(Row(f"decode B{B} T{T}", decode(B, T), ("copy",), 0.85, None, ("decode",), B == 64))
+    found.append(Row("decode paged B64 T2048", decode(64, 2048, paged=True), ("copy",), 0.85, None, ("paged",)))
+    found.append(Row("64 samples of a 2k prompt", shared_prompt(), ("unshared",), 5.0, None, ("decode",), True))
     return found

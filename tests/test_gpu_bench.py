@@ -110,7 +110,8 @@ def test_the_ratio_is_to_the_fastest_of_those_named(bench):
 def test_a_session_goes_on_after_losses_and_writes_down_what_it_has(bench, tmp_path):
     table = {"softmax": {"name": "softmax", "verdict": "FAILED", "detail": "AssertionError: error", "seconds": 1},
              "norm": bench.gpu.Lost("no answer in 9 s"),
-             "a": answer("a"), "b": bench.gpu.Lost("the process died with status -6"), "c": answer("c", 3.0), "d": {"name": "d", "error": "OutOfMemoryError"},
+             "a": answer("a"), "b": bench.gpu.Lost("the process died with status -6"), "c": answer("c", 3.0),
+             "d": {"name": "d", "error": "OutOfMemoryError"},
              "cuBLAS 8192^3": answer("cuBLAS 8192^3", 0.125, must=None, aim=None)}  # fmt: skip
     session = bench.gpu.Session(Answers(table), 1e9, tmp_path, lambda: 0.0, lambda text: None)
     session.check(["softmax", "norm", "loss"], 1e9)
@@ -174,6 +175,21 @@ def test_a_worker_that_dies_or_hangs_is_replaced(bench, capfd):
     assert "a library talks" in capfd.readouterr().out
 
 
+def test_the_worker_answers_with_checks_rows_and_errors(bench, tmp_path):
+    session = bench.gpu.Session(bench.gpu.Worker([sys.executable, str(BENCH / "gpu.py"), "--worker", "--host"]), 1e12, tmp_path)
+    rows = {r.name: r for r in [*bench.gpu_rows.CEILINGS, *bench.gpu_rows.rows()]}
+    try:
+        assert session.begin(120) and session.machine["torch"] == torch.__version__
+        session.check(["swiglu", "graphs"], 1e12, 2)
+        session.time([rows["copy 4 GiB"], rows["SwiGLU both ways"], bench.gpu_time.Row("of no such name", None)])
+    finally:
+        session.worker.stop()
+    assert [c["verdict"] for c in session.checks] == ["ok", "skipped"]
+    assert [r["verdict"] for r in session.rows] == ["-", "-", "error"] and "KeyError" in session.rows[2]["error"]
+    assert session.rows[1]["against"] == "copy" and set(session.rows[1]["ms"]) == {"nanorlhf", "compiled", "copy"}
+    assert "| SwiGLU both ways |" in (tmp_path / "gpu.md").read_text() and session.ceilings().keys() == {"GB/s"}
+
+
 def test_every_row_is_asked_for_once_and_the_bars_are_there(bench):
     rows = bench.gpu_rows.rows()
     names = [r.name for r in rows]
@@ -185,8 +201,8 @@ def test_every_row_is_asked_for_once_and_the_bars_are_there(bench):
     assert quick == sorted(quick, reverse=True) and 8 <= sum(quick) <= 20
 
 
-KINDS = ["cuBLAS", "copy 4", "forward D128 S4096 causal", "backward D128 S4096 full", "packed forward D64", "decode B8", "64 samples", "softmax 16384",
-         "loss head with", "loss head,", "loss head memory", "training", "logprobs", "RMSNorm", "SwiGLU", "RoPE", "sample"]  # fmt: skip
+KINDS = ["cuBLAS", "copy 4", "forward D128 S4096 causal", "backward D128 S4096 full", "packed forward D64", "decode B8", "64 samples",
+         "softmax 16384", "loss head with", "loss head,", "loss head memory", "training", "logprobs", "RMSNorm", "SwiGLU", "RoPE", "sample"]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -204,14 +220,16 @@ def test_rows_are_built_and_their_contenders_agree(bench, kind):
 def test_the_checks_pass_on_the_kernels_of_this_cpu(bench):
     found = bench.gpu_verify.run_checks(bench.gpu_verify.Place("cpu", small=True, runs=2), note=lambda text: None)
     assert not [f for f in found if f["verdict"] == "FAILED"]
-    assert {f["name"] for f in found if f["verdict"] == "skipped"} <= {"paged", "graphs", "large offsets", "attention sm90", "attention sm90 forward"}
+    absent = {"paged", "graphs", "large offsets", "attention sm90", "attention sm90 forward"}
+    assert {f["name"] for f in found if f["verdict"] == "skipped"} <= absent
 
 
 def test_a_wrong_kernel_and_a_broken_check_are_found(bench, monkeypatch):
     right = ops.softmax
     for wrong in (lambda x: right(x) * 1.01, lambda x: right(x.flatten()).view(x.shape), lambda x: 1 / 0):
         monkeypatch.setattr(ops, "softmax", wrong)
-        assert bench.gpu_verify.run_checks(bench.gpu_verify.Place("cpu", small=True), ["softmax"], note=lambda text: None)[0]["verdict"] == "FAILED"
+        found = bench.gpu_verify.run_checks(bench.gpu_verify.Place("cpu", small=True), ["softmax"], note=lambda text: None)
+        assert found[0]["verdict"] == "FAILED"
 
 
 def test_memory_is_poisoned_around_inputs_and_in_what_is_new(bench):
@@ -230,7 +248,8 @@ def test_what_the_sanitizer_says_is_a_line(bench, monkeypatch, tmp_path):
     command = [sys.executable, str(said)]
     monkeypatch.setattr(bench.gpu, "sanitizer_command", lambda: command)
     for text, expected in (("0 errors", "ok"), ("2 errors", "FAILED")):
-        said.write_text(f"import sys\nfor line in sys.stdin: print('RESULT {{\"verdict\": \"ok\"}}')\nprint('========= ERROR SUMMARY: {text}')")
+        answers = "import sys\nfor line in sys.stdin: print('RESULT {\"verdict\": \"ok\"}')\n"
+        said.write_text(f"{answers}print('========= ERROR SUMMARY: {text}')")
         got = bench.gpu.sanitize(["softmax", "norm"], [], 60)
         assert got["verdict"] == expected and re.search(r"\d errors, 2 of 2 checks passed", got["detail"])
     said.write_text("import time; time.sleep(60)")
