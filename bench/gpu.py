@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
-SECONDS = {"check": 90, "sanitizer": 100}  # the longest that one may take; rows have their own
+SECONDS = {"check": 60, "sanitizer": 100}  # the longest that one may take; rows have their own
 VERIFY_SHARE = 0.4  # of the time that is left after the build, before the rows begin
 LEAST = 100  # seconds for checks and rows, however long the build took
 SMI = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu"
@@ -166,6 +166,14 @@ def query(fields=SMI):
     return dict(zip(fields.split(","), (x.strip() for x in out.splitlines()[0].split(",")), strict=False))
 
 
+def commit():
+    """Of this checkout, where there is one."""
+    try:
+        return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
 def build(seconds):
     """Builds both modules in place; returns "" or what went wrong. setuptools leaves alone what is newer than its sources."""
     env = {**os.environ, "NANORLHF_CUDA": "1", "NPY_NUM_BUILD_JOBS": str(os.cpu_count() or 2)}
@@ -236,15 +244,16 @@ class Session:
         for name in names:
             seconds = min(SECONDS["check"], until - self.clock())
             needs = [] if name.startswith("attention") else ["attention sm90 forward", "attention sm90"]
-            if seconds < 3:
-                row = {"name": name, "verdict": "not run", "detail": "no time left", "seconds": 0}
-            else:
+            row = {"name": name, "verdict": "not run", "detail": "no time left", "seconds": 0}
+            if self.verdict_of(f"{name} forward") == "FAILED":
+                row |= {"verdict": "FAILED", "detail": "not run, as its forward kernels failed"}
+            elif seconds >= 3:
                 began = self.clock()
                 try:
-                    row = self.worker.ask({"kind": "check", "name": name, "runs": runs, "avoid": self.avoided(needs)}, seconds)
-                    row = {"verdict": "FAILED", "detail": row.get("error", ""), "seconds": 0} | row
+                    answer = self.worker.ask({"kind": "check", "name": name, "runs": runs, "avoid": self.avoided(needs)}, seconds)
+                    row |= {"verdict": "FAILED", "detail": answer.get("error", "")} | answer
                 except Lost as lost:
-                    row = {"name": name, "verdict": "FAILED", "detail": str(lost), "seconds": round(self.clock() - began, 1)}
+                    row |= {"verdict": "FAILED", "detail": str(lost), "seconds": round(self.clock() - began, 1)}
             self.checks.append(row)
             self.say(f"{row['verdict']:8} {name:26} {row['seconds']:6.1f} s  {row['detail'][:300]}")
             self.write()
@@ -361,7 +370,7 @@ def run(given):
     sys.stdout.reconfigure(line_buffering=True)
     command = [sys.executable, __file__, "--worker", *(["--emulated"] if given.emulated else [])]
     session = Session(Worker(command), began + seconds, given.out)
-    session.machine = {**query(), "host": platform.machine(), "cores": os.cpu_count()}
+    session.machine = {**query(), "host": platform.machine(), "cores": os.cpu_count(), "commit": commit()}
     if not given.emulated and not given.no_build:
         problem = build(max(0.6 * seconds, 300))
         session.notes.append(problem or f"built in {time.monotonic() - began:.0f} s")

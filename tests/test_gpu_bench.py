@@ -149,6 +149,14 @@ def test_hopper_kernels_that_fail_are_not_run_again(bench):
     assert [r["verdict"] for r in session.rows] == ["aim", "aim"] and session.rows[1]["numbers"] == {"variant": "portable"}
 
 
+def test_a_backward_pass_whose_forward_hangs_is_left_alone(bench):
+    worker = Answers({"attention sm90 forward": bench.gpu.Lost("no answer in 60 s, as where a kernel hangs")})
+    session = bench.gpu.Session(worker, 1e9, None, lambda: 0.0, lambda text: None)
+    session.check(["attention sm90 forward", "attention sm90"], 1e9)
+    assert len(worker.asked) == 1 and [c["verdict"] for c in session.checks] == ["FAILED", "FAILED"]
+    assert session.avoided(["attention sm90"]) == session.avoided(["attention sm90 forward"]) == ["sm90"]
+
+
 WORKER = """
 import json, sys, time
 for line in sys.stdin:
