@@ -122,7 +122,7 @@ class Cuda:
     def command(self, source, hopper):
         macros = ["-DNANORLHF_SM90"] if hopper else []
         if source.endswith(".cpp"):
-            flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *self.cuda_includes]
+            flags = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *self.cuda_includes]
             return [*self.compiler, *flags, *(f"-I{path}" for path in self.includes), "-Icsrc", *macros, "-c", source]
         host = ["-ccbin", os.environ["CXX"].split()[0]] if os.environ.get("CXX") else []
         flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "-Icsrc", *macros, *host]
@@ -140,7 +140,8 @@ class Cuda:
             done = subprocess.run(command, capture_output=True, text=True)
             said = done.stdout + done.stderr
             if done.returncode:
-                why = next((line for line in said.splitlines() if "error" in line), said.strip() or f"exit status {done.returncode}")
+                said = said.strip() or f"exit status {done.returncode}"
+                why = next((line for line in said.splitlines() if "error" in line), said)
                 self.left_out.append({"file": source, "reason": why.strip()[:300]})
                 target.unlink(missing_ok=True)
                 return None
@@ -175,7 +176,8 @@ class Cuda:
         return list(of)
 
     def record(self, reason=None):
-        archs = sorted({arch for source in self.logs for arch in re.findall(r"sm_\w+|compute_80(?=])", str(self.command(source, False)))})
+        commands = [word for source in self.logs for word in self.command(source, False)]
+        archs = sorted({arch for word in commands for arch in re.findall(r"\bsm_\w+|compute_80(?=])", word)})
         kernels, logs = {}, dict(sorted(self.logs.items()))  # several are compiled at a time, in no order
         for source, log in logs.items():
             kernels.update(figures(log, source))

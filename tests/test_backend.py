@@ -1,12 +1,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanorlhf import _C, ops
-from nanorlhf.ops import backend
+from nanorlhf.ops import backend, trust
 
 ISAS = ["portable"]
 ISAS += ["avx2"] if _C.cpu_features()["avx2"] and _C.cpu_features()["fma"] else []
@@ -113,7 +114,7 @@ def test_auto_takes_the_kernel_where_it_can_run(forced):
 
 def test_a_forced_backend_that_cannot_run_says_why(forced):
     forced("cuda")
-    with pytest.raises(ValueError, match="softmax: NANORLHF_BACKEND=cuda cannot run here: no CUDA kernel was built"):
+    with pytest.raises(ValueError, match="softmax: NANORLHF_BACKEND=cuda cannot run here: .*CUDA"):
         ops.softmax(torch.zeros(1))
     forced("cpu")
     with pytest.raises(ValueError, match="the CPU kernels take float32 and bfloat16, not torch.float64"):
@@ -129,6 +130,126 @@ def test_the_reference_can_be_forced_and_agrees(forced):
 
 def test_every_row_of_the_table_has_a_reason():
     rows = backend.table()
-    assert {row[0] for row in rows} == {"cpu", "cuda", "reference"}
+    assert {row[0] for row in rows} == set(backend.KERNELS) and {row[1] for row in rows} == {"cpu", "cuda", "reference"}
     assert all(isinstance(ok, bool) and reason for *_, ok, reason in rows)
     assert _C.isa() in ISAS
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """What backend.py sees of this machine: any part of it can be replaced."""
+    gpu = SimpleNamespace(name="GPU", major=9, minor=0)
+    monkeypatch.setattr(backend, "_cuda", SimpleNamespace(softmax=print, matmul=print))
+    monkeypatch.setattr(backend, "properties", lambda device: gpu)
+    monkeypatch.setattr(backend, "_verdicts", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return SimpleNamespace(gpu=gpu, patch=monkeypatch.setattr)
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_every_way_in_which_cuda_cannot_run_has_its_reason(world):
+    def reason(device=CUDA, dtype=torch.float32, op="softmax"):
+        ok, why = backend.runnable("cuda", device, dtype, op)
+        assert not ok
+        return why
+
+    assert backend.runnable("cuda", CUDA, torch.bfloat16, "softmax") == (True, "CUDA kernels on GPU")
+    assert reason(torch.device("cpu")) == "the CUDA kernels cannot read memory on cpu"
+    assert reason(dtype=torch.float16) == "the CUDA kernels take float32 and bfloat16, not torch.float16"
+    assert reason(op="rms_norm") == "this build of the CUDA kernels has no norm"
+    world.gpu.major, world.gpu.minor = 7, 5
+    assert reason() == "the CUDA kernels need compute capability 8.0, GPU has 7.5"
+    world.patch(torch.cuda, "is_available", lambda: False)
+    world.patch(torch.version, "cuda", None)
+    assert reason() == "this torch is built without CUDA"
+    world.patch(torch.version, "cuda", "13.0")
+    assert reason() == "torch finds no GPU or no driver for it"
+    world.patch(backend, "_cuda", None)
+    world.patch(backend, "build_info", lambda: {"reason": "no nvcc was found"})
+    world.patch(backend.Path, "glob", lambda *_: [])
+    assert reason() == "no CUDA kernel was built: no nvcc was found"
+    world.patch(backend.Path, "glob", lambda *_: ["_cuda.so"])
+    world.patch(backend, "_why_not", ImportError("undefined symbol"), raising=False)
+    assert reason() == "the CUDA kernels cannot be loaded: undefined symbol"
+
+
+@pytest.mark.parametrize("op", [*backend.KERNELS, *backend.SHARED])
+def test_every_op_knows_its_kernels(op):
+    functions = backend.KERNELS[backend.SHARED.get(op, op)]
+    assert all(hasattr(_C, name) for name in functions)
+
+
+class OnGpu:
+    is_cuda, device = True, CUDA
+
+    def __init__(self, dtype=torch.float32):
+        self.dtype = dtype
+
+
+def test_auto_takes_a_cuda_kernel_that_is_trusted(world, forced):
+    told = {"softmax": (None, "later", False), "matmul": (True, "agrees", True)}
+    asked = []
+    world.patch(trust, "verdict", lambda op, device: asked.append(op) or told[op])
+    assert not backend.use_native("softmax", OnGpu())
+    told["softmax"] = (True, "agrees", True)
+    assert backend.use_native("softmax", OnGpu()) and backend.use_native("softmax", OnGpu())
+    assert asked == ["softmax"] * 2  # asked until it is settled
+    assert not backend.use_native("rms_norm", OnGpu()) and not backend.use_native("softmax", OnGpu(torch.float64))
+    assert backend.use_native("linear", OnGpu())  # torch's own products: nothing to check
+    told["matmul"] = (False, "is off", True)
+    assert not backend.use_native("matmul", OnGpu()) and asked == ["softmax"] * 2 + ["matmul"]
+    forced("cuda")  # never checks
+    assert backend.use_native("matmul", OnGpu()) and len(asked) == 3
+    forced("reference")
+    assert not backend.use_native("softmax", OnGpu())
+    forced("cpu")
+    with pytest.raises(ValueError, match="the CPU kernels cannot read memory on cuda:0"):
+        backend.use_native("softmax", OnGpu())
+
+
+def test_deterministic_on_a_gpu_takes_what_has_kernels(world, forced):
+    world.patch(trust, "verdict", lambda op, device: (op == "softmax", "says the check", True))
+    before = backend.deterministic(True)
+    try:
+        assert backend.use_native("softmax", OnGpu())
+        with pytest.raises(ValueError, match="rms_norm: deterministic needs the CUDA kernels, and they cannot run here: this build .* no norm"):
+            backend.use_native("rms_norm", OnGpu())
+        with pytest.raises(ValueError, match="matmul: deterministic needs the CUDA kernels.*: says the check"):
+            backend.use_native("matmul", OnGpu())
+        forced("cuda")
+        assert backend.use_native("matmul", OnGpu())
+    finally:
+        backend.deterministic(before)
+
+
+def test_an_emulated_module_runs_on_cpu_tensors_in_workspaces_full_of_nan():
+    lanes = []
+
+    def softmax(*args):
+        lanes.append(args[-1])
+        _C.softmax(*args[:-1], 1)
+
+    x = torch.randn(3, 5)
+    expected = ops.softmax(x)
+    before = backend.emulate(SimpleNamespace(softmax=softmax, softmax_workspace=lambda rows, columns: 8 * rows * columns))
+    try:
+        assert torch.equal(ops.softmax(x), expected)
+        ops.rms_norm(x, torch.ones(5))  # it has no such kernel: the reference runs
+    finally:
+        module = backend.emulate(before)
+    assert module.softmax is softmax and len(lanes) == 1
+    device, stream, address, size = lanes[0]
+    assert (device, stream, size) == (0, 0, 120) and address == lanes[0].workspace.data_ptr()
+    assert lanes[0].workspace.view(torch.float32).isnan().all()
+    assert backend.native(x) == (_C, torch.get_num_threads())
+
+
+@pytest.mark.parametrize(("workspace", "size"), [(None, 0), (24, 24), (lambda module: module.bytes, 40)])
+def test_a_workspace_is_asked_for_in_three_ways(workspace, size):
+    before = backend.emulate(SimpleNamespace(bytes=40))
+    try:
+        assert backend.native(torch.zeros(1), workspace)[1][3] == size
+    finally:
+        backend.emulate(before)

@@ -1,10 +1,13 @@
-"""The loss head that never forms the logits, where this CPU multiplies bf16; elsewhere the same calls take the other way."""
+"""The loss head that never forms the logits, where this CPU multiplies bf16; elsewhere the same calls take the other way. And the
+GPU's, block by block."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanorlhf import _C
-from nanorlhf.ops import token_logprobs
+from nanorlhf.ops import backend, head, token_logprobs
 from nanorlhf.ops.loss import logits_logprobs_reference
 from oracle import assert_earned, values_and_gradients
 
@@ -71,3 +74,65 @@ def test_a_target_out_of_range_is_an_error():
 
 def test_this_machine_says_whether_it_has_it():
     assert _C.has_head() == (_C.isa() in ("avx512bf16", "amx"))
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """The GPU's head on the CPU, with the CPU's reduction: 7 rows or 128 columns at a time where both are few."""
+    shapes = []
+
+    def loss(is_backward, rows, columns, *args):
+        shapes.append((is_backward, rows, columns))
+        _C.loss(is_backward, rows, columns, *args[:-1], 1)
+
+    monkeypatch.setattr(head, "BLOCK_BYTES", 4 * 7 * 300)
+    monkeypatch.setattr(head, "KEPT_BYTES", 0)
+    before = backend.emulate(SimpleNamespace(loss=loss, loss_workspace=lambda rows, columns: 0))
+    yield shapes
+    backend.emulate(before)
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_by_block_as_on_a_gpu_it_is_the_same(blocks, monkeypatch, dtype, kept):
+    monkeypatch.setattr(head, "KEPT_BYTES", kept)
+    hidden, weight, targets = inputs_of(20, 32, 300)
+    assert_earned(
+        lambda h, w: token_logprobs(h, w, targets, 0.7),
+        lambda h, w: logits_logprobs_reference(h @ w.T, targets, 0.7),
+        (hidden, weight),
+        dtype,
+    )
+    forward = [(False, 20, 300)] if kept else [(False, 7, 300), (False, 7, 300), (False, 6, 300)]
+    assert blocks == [*forward, (True, 20, 128), (True, 20, 128), (True, 20, 44)]
+
+
+def test_types_may_differ_and_rows_be_none(blocks):
+    hidden, weight, targets = inputs_of(3, 32, 300)
+    weight.requires_grad_()
+    logprobs, _ = token_logprobs(hidden.bfloat16(), weight, targets)
+    logprobs.sum().backward()
+    exact = logits_logprobs_reference(hidden.bfloat16().double() @ weight.detach().bfloat16().double().T, targets)[0]
+    torch.testing.assert_close(logprobs.double(), exact, rtol=2e-6, atol=2e-5)
+    assert weight.grad.dtype == torch.float32 and weight.grad.any()
+    empty = hidden[:0].clone().requires_grad_()
+    weight.grad = None
+    token_logprobs(empty, weight, targets[:0])[0].sum().backward()
+    assert empty.grad.shape == (0, 32) and not weight.grad.any()
+
+
+def test_a_target_that_is_no_word_makes_its_row_nan_and_no_other(blocks):
+    hidden, weight, targets = inputs_of(5, 32, 300)
+    _, entropy, lse, kept = head.forward(hidden, weight, targets, 1.0, False)
+    targets[3] = 300
+    ones = torch.ones(5)
+    dhidden, _ = head.backward(ones, ones * 0, ones * 0, hidden, weight, targets, entropy, lse, kept, 1.0)
+    assert dhidden[3].isnan().all() and not dhidden[[0, 1, 2, 4]].isnan().any()
+
+
+def test_kept_logits_survive_the_gradient(blocks, monkeypatch):
+    monkeypatch.setattr(head, "KEPT_BYTES", 1 << 20)
+    hidden, weight, targets = inputs_of(5, 32, 100)
+    loss = token_logprobs(hidden.requires_grad_(), weight, targets)[0].sum()
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)

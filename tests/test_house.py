@@ -30,8 +30,8 @@ FACES = {"bpe": "tokenizer", "merge": "tokenizer", "pretokenize": "tokenizer", "
 PER_ISA = re.compile(r"_(portable|sse\w*|avx\w*|amx\w*|neon|sve\w*|sm\d+\w*)$")
 
 FILE_CAP, FUNCTION_CAP = 500, 90
-# Every op has its contract, reference and gradient in Python, and its kernels for five instruction sets in C++.
-PYTHON_BUDGET, NATIVE_BUDGET = 8500, 7600
+# Every op has its contract, reference and gradient in Python, its kernels for five instruction sets in C++, and for GPUs in CUDA.
+PYTHON_BUDGET, NATIVE_BUDGET, CUDA_BUDGET = 9000, 7600, 4500
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 
 # Written in pieces so that this file does not match itself.
@@ -175,10 +175,12 @@ def untested_files(root: Path) -> list[str]:
 
 
 def over_budget(root: Path) -> list[str]:
-    """Lines of Python without lab/ and tests, lines of C++ and CUDA without the generated Unicode tables."""
+    """Lines of Python without lab/ and tests, of C++ without the generated Unicode tables, of CUDA with its bindings."""
     python = sum(line_count(p) for p in python_files(root) if dotted(root, p)[1] != "lab")
-    native = sum(line_count(p) for p in native_files(root) if p.suffix != ".py" and "unicode" not in p.name)
-    sizes = [("Python", python, PYTHON_BUDGET), ("C++ and CUDA", native, NATIVE_BUDGET)]
+    native = [p for p in native_files(root) if p.suffix != ".py" and "unicode" not in p.name]
+    cuda = [p for p in native if p.suffix in (".cu", ".cuh") or p.stem.startswith(("bind_cuda", "gpu"))]
+    cpu = sum(line_count(p) for p in native if p not in cuda)
+    sizes = [("Python", python, PYTHON_BUDGET), ("C++", cpu, NATIVE_BUDGET), ("CUDA", sum(map(line_count, cuda)), CUDA_BUDGET)]
     return [f"{name}: {lines} lines, at most {budget}" for name, lines, budget in sizes if lines > budget]
 
 
@@ -226,6 +228,8 @@ BROKEN = [
     (untested_files, "csrc/bpe_train.cpp", ""),
     (over_budget, "nanorlhf/model.py", "x = 1\n" * (PYTHON_BUDGET + 1)),
     (over_budget, "csrc/loss.cpp", "//\n" * (NATIVE_BUDGET + 1)),
+    (over_budget, "csrc/loss.cu", "//\n" * (CUDA_BUDGET + 1)),
+    (over_budget, "csrc/bind_cuda_rows.cpp", "//\n" * (CUDA_BUDGET + 1)),
     (paths_of_a_machine, "nanorlhf/run.py", 'folder = "/' + 'home/me/data"\n'),
     (index_hosts, "setup.py", 'index = "https://pypi.' + 'org/simple"\n'),
     (unfinished_lines, "nanorlhf/model.py", "# TO" + "DO: later\n"),

@@ -182,9 +182,12 @@ def test_a_page_is_written_again(tiny_run, command):
 def test_doctor_says_what_runs_here_and_why_not(command):
     code, out, _ = command("doctor", "--json")
     found = json.loads(out)
-    assert code == 0 and found["cpu"] and {row["backend"] for row in found["backends"]} >= {"cpu", "reference"}
-    assert all(row["reason"] for row in found["backends"])
-    assert len(command("doctor")[1].splitlines()) == len(found["backends"])
+    assert code == 0 and found["cpu"] and {row["backend"] for row in found["backends"]} == {"cpu", "cuda", "reference"}
+    assert all(row["reason"] and row["op"] for row in found["backends"])
+    build = found["cuda_build"]
+    lines = command("doctor")[1].splitlines()
+    assert len(lines) == len(found["backends"]) + (1 + len(build["left_out"]) if build.get("nvcc") else 0)
+    assert build.keys() <= {"reason"} or {"nvcc", "archs", "left_out", "kernels"} <= build.keys()
 
 
 def test_the_sources_are_listed_with_those_that_are_left_out(command, monkeypatch):
