@@ -152,31 +152,32 @@ DEVICE Place place_of(const Source& source, const Work& w, int token, int end, i
     return {-1, 0};
 }
 
-// 16 bytes of elements from global to shared memory; those from `count` on are zero.
-template <class T>
-DEVICE void load_to_shared(void* to, const T* from, int count, bool packs) {
-    constexpr int SIZE = Pack<T>::SIZE;
-    if (packs) return cp_async_16(to, from, count > 0);
-    Pack<T> pack;
-#pragma unroll
-    for (int i = 0; i < SIZE; ++i) pack.v[i] = i < count ? from[i] : T{};
-    store_pack(static_cast<T*>(to), pack);
-}
-
 // This warp's share of a tile: lane i knows where row i of it lies.
 template <class T, class S>
 DEVICE void load_tile(const Decode& p, const Source& source, int kv_head, Place mine, unsigned char* keys) {
     const T *k = static_cast<const T*>(source.k) + kv_head * source.k_head, *v = static_cast<const T*>(source.v) + kv_head * source.v_head;
     constexpr int LOADS = S::TILE / S::WARPS * S::PACKS / WARP;
     const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * (S::TILE / S::WARPS);
-#pragma unroll
-    for (int i = 0; i < LOADS; ++i) {
+    const auto each = [&](int i, auto&& load) {
         const int row = (i * WARP + lane) / S::PACKS, pack = (i * WARP + lane) % S::PACKS, element = pack * S::PACK;
         const int page = __shfl_sync(0xffffffffu, mine.page, row), slot = __shfl_sync(0xffffffffu, mine.slot, row);
         const int count = page < 0 ? 0 : p.dim - element, to = S::place(first + row, pack);
-        const int64_t offset = count > 0 ? element : 0, there = page < 0 ? 0 : page;
-        load_to_shared(keys + to, k + there * source.k_page + slot * source.k_token + offset, count, source.packs);
-        load_to_shared(keys + S::TILE_BYTES + to, v + there * source.v_page + slot * source.v_token + offset, count, source.packs);
+        const int64_t there = count > 0 ? page : 0, token = count > 0 ? slot : 0, offset = count > 0 ? element : 0;
+        load(keys + to, k + there * source.k_page + token * source.k_token + offset, count);
+        load(keys + S::TILE_BYTES + to, v + there * source.v_page + token * source.v_token + offset, count);
+    };
+    if (source.packs) {
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) each(i, [](void* to, const T* from, int count) { cp_async_16(to, from, count > 0); });
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < LOADS; ++i)
+            each(i, [](void* to, const T* from, int count) {
+                Pack<T> pack;
+#pragma unroll
+                for (int e = 0; e < S::PACK; ++e) pack.v[e] = e < count ? from[e] : T{};
+                store_pack(static_cast<T*>(to), pack);
+            });
     }
 }
 
@@ -235,7 +236,7 @@ DEVICE void deliver(const Decode& p, const Work& w, bool shared, int part, bool 
 }
 
 template <class T, int WIDTH, bool MANY>
-__global__ void __launch_bounds__((Shape<T, WIDTH, MANY>::THREADS)) decode_parts(const Decode p, bool shared) {
+__global__ void __launch_bounds__((Shape<T, WIDTH, MANY>::THREADS), 2) decode_parts(const Decode p, bool shared) {
     using S = Shape<T, WIDTH, MANY>;
     unsigned char *ring = shared_memory(), *queries = S::HOLDS ? ring + (S::STAGES - 1) * 2 * S::TILE_BYTES : ring + S::RING_BYTES;
     float* weights = reinterpret_cast<float*>(ring + S::RING_BYTES + S::QUERY_BYTES);
