@@ -6,6 +6,9 @@ __attribute__((weak)) void bind_cuda_rows(py::module_& m);
 __attribute__((weak)) void bind_cuda_scans(py::module_& m);
 __attribute__((weak)) void bind_cuda_attention(py::module_& m);
 __attribute__((weak)) void bind_cuda_decode(py::module_& m);
+#ifdef NANORLHF_EMULATED
+void bind_emulator(py::module_& m);
+#endif
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "The CUDA kernels of nanorlhf.";
@@ -13,4 +16,7 @@ PYBIND11_MODULE(_cuda, m) {
     if (bind_cuda_scans) bind_cuda_scans(m);
     if (bind_cuda_attention) bind_cuda_attention(m);
     if (bind_cuda_decode) bind_cuda_decode(m);
+#ifdef NANORLHF_EMULATED
+    bind_emulator(m);
+#endif
 }
