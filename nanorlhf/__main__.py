@@ -142,19 +142,24 @@ def data(offline: bool = False, json_: Annotated[bool, tyro.conf.arg(name="json"
 
 
 def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """What can run here: each backend by device and type and, where it cannot, why.
+    """What can run here: each op on each backend and, where it cannot, why; CUDA kernels are checked. And how those were built.
 
     Args:
         json: Print the table as JSON.
     """
     from .ops import backend
 
-    rows = [dict(zip(("backend", "device", "dtype", "ok", "reason"), row)) for row in backend.table()]
+    rows = [dict(zip(("op", "backend", "device", "ok", "reason"), row)) for row in backend.table()]
+    build = backend.build_info()
     if json_:
-        print(json.dumps({"cpu": backend.cpu_features(), "backends": rows}))
+        print(json.dumps({"cpu": backend.cpu_features(), "backends": rows, "cuda_build": build}))
         return
     for row in rows:
-        print("{backend:<11}{device:<7}{dtype:<10}{ok!s:<7}{reason}".format(**row))
+        print("{op:<18}{backend:<11}{device:<8}{yes:<5}{reason}".format(**row, yes="yes" if row["ok"] else "no"))
+    if build.get("nvcc"):
+        print(f"CUDA kernels: built by nvcc {build['nvcc']} for {', '.join(build['archs'])}")
+        for row in build["left_out"]:
+            print("left out: {file}: {reason}".format(**row))
 
 
 VERBS = {"pretrain": _stage("base"), "sft": _stage("sft"), "reward": _stage("reward"), "ppo": _stage("ppo"),

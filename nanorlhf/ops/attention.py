@@ -1,6 +1,6 @@
 """Ragged attention: every sequence of a packed batch attends to itself alone.
 
-Native on the CPU (csrc/attention.h); the torch reference is below. Both keep every sum in fp32 or better, and a
+Native on CPUs and GPUs (csrc/attention.h, csrc/gpu.h); the torch reference is below. Both keep every sum in fp32 or better, and a
 sequence's result does not depend on what it is packed with.
 Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245.
 """
@@ -10,7 +10,6 @@ import math
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 MAX_HEAD_DIM = 256
@@ -143,42 +142,44 @@ def _sizes(q, k, cu_seqlens):
     return cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, q.shape[0], q.shape[1], k.shape[1], q.shape[2]
 
 
-def _forward_cpu(q, k, v, cu_seqlens, causal, scale):
+def _forward(q, k, v, cu_seqlens, causal, scale):
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     cu_seqlens = cu_seqlens.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:2], dtype=torch.float64)
-    _C.attention_forward(
-        *_sizes(q, k, cu_seqlens), causal, scale, backend.DTYPES[q.dtype],
-        _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr(), torch.get_num_threads(),
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float64)
+    sizes, dtype = _sizes(q, k, cu_seqlens), backend.DTYPES[q.dtype]
+    module, lane = backend.native(q, lambda m: m.attention_workspace(*sizes[1:], dtype))
+    module.attention_forward(
+        *sizes, causal, scale, dtype, _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr(), lane,
     )  # fmt: skip
     return out, lse
 
 
-def _backward_cpu(dout, q, k, v, out, lse, cu_seqlens, causal, scale):
+def _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale):
     q, k, v, dout = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(dout)
     cu_seqlens = cu_seqlens.contiguous()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    _C.attention_backward(
-        *_sizes(q, k, cu_seqlens), causal, scale, backend.DTYPES[q.dtype],
-        _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr(),
-        _rows(dout), _rows(dq), _rows(dk), _rows(dv), torch.get_num_threads(),
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    sizes, dtype = _sizes(q, k, cu_seqlens), backend.DTYPES[q.dtype]
+    module, lane = backend.native(q, lambda m: m.attention_backward_workspace(*sizes[1:], dtype))
+    module.attention_backward(
+        *sizes, causal, scale, dtype, _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr(),
+        _rows(dout), _rows(dq), _rows(dk), _rows(dv), lane,
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _decode_cpu(q, k_cache, v_cache, lengths, scale, prefix):
+def _decode(q, k_cache, v_cache, lengths, scale, prefix):
     q, k_cache, v_cache = _unit_stride(q), _unit_stride(k_cache), _unit_stride(v_cache)
     lengths = lengths.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     shared = (0, 0, 0, 0, (0, 0, 0), (0, 0, 0))
     if prefix:
         k, v, cu_seqlens, owner = *map(_unit_stride, prefix[:2]), prefix[2].contiguous(), prefix[3].contiguous()
         shared = cu_seqlens.numel() - 1, cu_seqlens.data_ptr(), k.shape[0], owner.data_ptr(), _rows(k), _rows(v)
-    _C.attention_decode(
-        q.shape[0], q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1], lengths.data_ptr(), scale,
-        backend.DTYPES[q.dtype], _rows(q), _rows(out), (k_cache.data_ptr(), *k_cache.stride()[:3]),
-        (v_cache.data_ptr(), *v_cache.stride()[:3]), *shared, backend.is_deterministic(), torch.get_num_threads(),
+    sizes = q.shape[0], q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1]
+    module, lane = backend.native(q, lambda m: m.attention_decode_workspace(*sizes, shared[0], shared[2]))
+    module.attention_decode(
+        *sizes, lengths.data_ptr(), scale, backend.DTYPES[q.dtype], _rows(q), _rows(out), (k_cache.data_ptr(), *k_cache.stride()[:3]),
+        (v_cache.data_ptr(), *v_cache.stride()[:3]), *shared, backend.is_deterministic(), lane,
     )  # fmt: skip
     return out
 
@@ -252,7 +253,7 @@ def _shape(x):
 
 _forward_op = backend.define(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, float scale) -> (Tensor, Tensor)",
-    _forward_cpu,
+    _forward,
     lambda q, k, v, cu_seqlens, causal, scale: (
         q.new_empty(q.shape),
         q.new_empty(q.shape[:2], dtype=torch.float64),
@@ -261,12 +262,12 @@ _forward_op = backend.define(
 _backward_op = backend.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
     "bool causal, float scale) -> (Tensor, Tensor, Tensor)",
-    _backward_cpu,
+    _backward,
     lambda dout, q, k, v, out, lse, cu_seqlens, causal, scale: tuple(x.new_empty(x.shape) for x in (q, k, v)),
 )
 _decode_op = backend.define(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale, "
     "Tensor[] prefix) -> Tensor",
-    _decode_cpu,
+    _decode,
     lambda q, k_cache, v_cache, lengths, scale, prefix: q.new_empty(q.shape),
 )

@@ -1,8 +1,7 @@
-"""Rows of a weight by token id, and the sum of each row's gradients. Native on the CPU (csrc/embedding.h)."""
+"""Rows of a weight by token id, and the sum of each row's gradients. Native on CPUs and GPUs (csrc/embedding.h)."""
 
 import torch
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 
@@ -52,20 +51,21 @@ class _Embedding(torch.autograd.Function):
 
 def _call(is_backward, ids, rows, source, out):
     ids, source = ids.long().contiguous(), source.contiguous()
-    _C.embedding(
+    module, lane = backend.native(source, lambda m: m.embedding_workspace(len(ids), rows) if is_backward else 0)
+    module.embedding(
         is_backward, len(ids), rows, source.shape[1], ids.data_ptr(), source.data_ptr(), backend.DTYPES[source.dtype],
-        out.data_ptr(), backend.DTYPES[out.dtype], torch.get_num_threads(),
+        out.data_ptr(), backend.DTYPES[out.dtype], lane,
     )  # fmt: skip
     return out
 
 
 _forward_op = backend.define(
     "embedding_forward(Tensor ids, Tensor weight, ScalarType dtype) -> Tensor",
-    lambda ids, weight, dtype: _call(False, ids, weight.shape[0], weight, torch.empty(len(ids), weight.shape[1], dtype=dtype)),
+    lambda ids, weight, dtype: _call(False, ids, weight.shape[0], weight, weight.new_empty(len(ids), weight.shape[1], dtype=dtype)),
     lambda ids, weight, dtype: weight.new_empty(len(ids), weight.shape[1], dtype=dtype),
 )
 _backward_op = backend.define(
     "embedding_backward(Tensor dout, Tensor ids, int rows) -> Tensor",
-    lambda dout, ids, rows: _call(True, ids, rows, dout, torch.empty(rows, dout.shape[1])),
+    lambda dout, ids, rows: _call(True, ids, rows, dout, dout.new_empty(rows, dout.shape[1], dtype=torch.float32)),
     lambda dout, ids, rows: dout.new_empty(rows, dout.shape[1], dtype=torch.float32),
 )

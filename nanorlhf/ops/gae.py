@@ -1,11 +1,10 @@
 """Advantages and returns: scans over ragged episodes from the last token of each to its first.
 
-Native on the CPU (csrc/gae.h). Source: Schulman et al. 2016, eq. 11-16.
+Native on CPUs and GPUs (csrc/gae.h). Source: Schulman et al. 2016, eq. 11-16.
 """
 
 import torch
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 
@@ -60,18 +59,19 @@ def gae_reference(rewards, values, cu_seqlens, gamma, lam):
     return advantages, advantages + values
 
 
-def _cpu(rewards, values, cu_seqlens, gamma, lam):
+def _run(rewards, values, cu_seqlens, gamma, lam):
     rewards, values, cu_seqlens = rewards.contiguous(), values.contiguous(), cu_seqlens.to(torch.int32).contiguous()
-    advantages, returns = torch.empty(rewards.shape), torch.empty(rewards.shape)
-    _C.gae(
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    module, lane = backend.native(rewards)
+    module.gae(
         cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(rewards), gamma, lam, rewards.data_ptr(), values.data_ptr(),
-        advantages.data_ptr(), returns.data_ptr(), torch.get_num_threads(),
+        advantages.data_ptr(), returns.data_ptr(), lane,
     )  # fmt: skip
     return advantages, returns
 
 
 _op = backend.define(
     "gae(Tensor rewards, Tensor values, Tensor cu_seqlens, float gamma, float lam) -> (Tensor, Tensor)",
-    _cpu,
+    _run,
     lambda rewards, values, cu_seqlens, gamma, lam: (rewards.new_empty(rewards.shape), values.new_empty(values.shape)),
 )

@@ -2,9 +2,9 @@
 
 From hidden states and the output weight, the logits exist a chunk of rows at a time; neither pass holds (N, V),
 unless a gradient is wanted and all logits are few: then keeping them costs less than computing them again.
-The reduction of a chunk and its gradient are native on the CPU (csrc/loss.h); the products are torch's, but
-forward ops.matmul's where backend.deterministic is on. Where the CPU multiplies bf16 and the hidden states are bf16, all of
-it is native and only tiles of logits exist (csrc/head.h).
+The reduction of a chunk and its gradient are native (csrc/loss.h); the products are torch's, but forward ops.matmul's where
+backend.deterministic is on. Where the CPU multiplies bf16 and the hidden states are bf16, all of it is native and only tiles
+of logits exist (csrc/head.h). On a GPU: head.py.
 """
 
 import math
@@ -12,7 +12,8 @@ import math
 import torch
 
 from nanorlhf import _C
-from nanorlhf.ops import backend
+from nanorlhf.ops import backend, head
+from nanorlhf.ops.head import reduce_logits, rows_like
 from nanorlhf.ops.matmul import fill
 
 KEEP_BYTES = 64 << 20  # logits kept for the gradient up to this size: saves one product of four
@@ -39,7 +40,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
     """log softmax(hidden · weightᵀ / temperature) at the targets, and the entropy of that distribution.
 
     hidden: (N, C); weight: (V, C); targets: (N,) int64 in [0, V). bf16 or fp32; products and sums are fp32. With bf16 hidden
-    states and C a multiple of 32, a CPU that multiplies bf16 takes the weight rounded to bf16, and the gradient of the logits.
+    states a GPU, and with C a multiple of 32 a CPU that multiplies bf16, takes the weight rounded to bf16, and the logits' gradient.
     Returns (logprobs (N,), entropy (N,)) in fp32 and nats (fp64 for fp64 input), both differentiable in hidden and
     weight. Raises ValueError for shapes that do not fit, targets out of range, or temperature ≤ 0.
 
@@ -116,7 +117,8 @@ def logits_logprobs_reference(logits, targets, temperature=1.0):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        keep = 4 * hidden.shape[0] * weight.shape[0] <= KEEP_BYTES and not _fused(hidden)
+        most = KEEP_BYTES if backend.on_cpu(hidden) else head.KEPT_BYTES
+        keep = 4 * hidden.shape[0] * weight.shape[0] <= most and not _fused(hidden)
         logprobs, entropy, lse, logits = _forward_op(hidden, weight, targets, temperature, keep)
         ctx.save_for_backward(hidden, weight, targets, entropy, lse, logits)
         ctx.temperature = temperature
@@ -143,15 +145,6 @@ class _LogitsLogprobs(torch.autograd.Function):
         return _logits_backward_op(logprob_grad, entropy_grad, *ctx.saved_tensors, ctx.temperature), None, None
 
 
-def _reduce(is_backward, logits, targets, temperature, logprobs, entropy, lse, grads):
-    """One native pass over contiguous logits. All vectors are contiguous slices of (N,)."""
-    _C.loss(
-        is_backward, logits.shape[0], logits.shape[1], logits.stride(0), backend.DTYPES[logits.dtype],
-        logits.data_ptr(), targets.data_ptr(), temperature, logprobs.data_ptr(), entropy.data_ptr(), lse.data_ptr(),
-        *(g.data_ptr() for g in grads), torch.get_num_threads(),
-    )  # fmt: skip
-
-
 def _chunks(N, V):
     """(rows of a chunk, its slices)."""
     rows = max(1, min(N, CHUNK_BYTES // (4 * V) or 1))
@@ -160,7 +153,7 @@ def _chunks(N, V):
 
 def _fused(hidden):
     """Whether the kernels that never form the logits take it: bf16, on a CPU that multiplies bf16."""
-    return hidden.dtype == torch.bfloat16 and hidden.shape[1] and hidden.shape[1] % 32 == 0 and _C.has_head()
+    return backend.on_cpu(hidden) and hidden.dtype == torch.bfloat16 and hidden.shape[1] and hidden.shape[1] % 32 == 0 and _C.has_head()
 
 
 def _head(is_backward, hidden, weight, targets, temperature, logprobs, entropy, lse, grads, results):
@@ -175,23 +168,27 @@ def _logits(hidden, weight, out):
     return fill(out, hidden, weight) if backend.is_deterministic() else torch.mm(hidden, weight.T, out=out)
 
 
-def _forward_cpu(hidden, weight, targets, temperature, keep):
+def _forward(hidden, weight, targets, temperature, keep):
+    if not backend.on_cpu(hidden):
+        return head.forward(hidden, weight, targets, temperature, keep)
     if _fused(hidden):
-        logprobs, entropy, lse = _rows(hidden.shape[0])
+        logprobs, entropy, lse = rows_like(hidden)
         _head(False, hidden, weight, targets.contiguous(), temperature, logprobs, entropy, lse, (lse,) * 3, (lse,) * 2)
         return logprobs, entropy, lse, torch.empty(0, weight.shape[0])
     hidden, weight, targets = hidden.detach().float(), weight.detach().float(), targets.contiguous()
-    logprobs, entropy, lse = _rows(hidden.shape[0])
+    logprobs, entropy, lse = rows_like(hidden)
     rows, chunks = _chunks(hidden.shape[0], weight.shape[0])
     kept = torch.empty(hidden.shape[0] if keep else 0, weight.shape[0])
     buffer = None if keep else torch.empty(rows, weight.shape[0])
     for at in chunks:
         logits = _logits(hidden[at], weight, kept[at] if keep else buffer[: at.stop - at.start])
-        _reduce(False, logits, targets[at], temperature, logprobs[at], entropy[at], lse[at], (lse,) * 3)
+        reduce_logits(False, logits, targets[at], temperature, logprobs[at], entropy[at], lse[at], (lse,) * 3)
     return logprobs, entropy, lse, kept
 
 
-def _backward_cpu(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, entropy, lse, kept, temperature):
+def _backward(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, entropy, lse, kept, temperature):
+    if not backend.on_cpu(hidden):
+        return head.backward(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, entropy, lse, kept, temperature)
     grads = [g.contiguous() for g in (logprob_grad, entropy_grad, lse_grad)]
     targets, dtypes = targets.contiguous(), (hidden.dtype, weight.dtype)
     if _fused(hidden):
@@ -207,23 +204,23 @@ def _backward_cpu(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets,
         logits = buffer[: at.stop - at.start]
         # A copy in the cache, so that a second backward finds the logits as they were.
         logits.copy_(kept[at]) if kept.shape[0] else _logits(hidden[at], weight, logits)
-        _reduce(True, logits, targets[at], temperature, lse, entropy[at], lse[at], [g[at] for g in grads])
+        reduce_logits(True, logits, targets[at], temperature, lse, entropy[at], lse[at], [g[at] for g in grads])
         torch.mm(logits, weight, out=dhidden[at])  # the logits are their gradient now
         dweight.addmm_(logits.T, hidden[at])
     return dhidden.to(dtypes[0]), dweight.to(dtypes[1])
 
 
-def _logits_forward_cpu(logits, targets, temperature):
+def _logits_forward(logits, targets, temperature):
     logits, targets = logits.contiguous(), targets.contiguous()
-    logprobs, entropy, lse = _rows(logits.shape[0])
-    _reduce(False, logits, targets, temperature, logprobs, entropy, lse, (lse,) * 3)
+    logprobs, entropy, lse = rows_like(logits)
+    reduce_logits(False, logits, targets, temperature, logprobs, entropy, lse, (lse,) * 3)
     return logprobs, entropy, lse
 
 
-def _logits_backward_cpu(logprob_grad, entropy_grad, logits, targets, entropy, lse, temperature):
+def _logits_backward(logprob_grad, entropy_grad, logits, targets, entropy, lse, temperature):
     grad = logits.clone(memory_format=torch.contiguous_format)
     grads = logprob_grad.contiguous(), entropy_grad.contiguous(), torch.zeros_like(logprob_grad)
-    _reduce(True, grad, targets.contiguous(), temperature, lse, entropy, lse, grads)
+    reduce_logits(True, grad, targets.contiguous(), temperature, lse, entropy, lse, grads)
     return grad
 
 
@@ -246,28 +243,19 @@ def _validate(op, rows, targets, temperature):
         raise ValueError(f"{op}: expected temperature > 0, got {temperature}")
 
 
-def _rows(N):
-    """Room for log-probs, entropies and log-sum-exps; the last in fp64, as the gradient takes it for exact."""
-    return torch.empty(N), torch.empty(N), torch.empty(N, dtype=torch.float64)
-
-
-def _fake_rows(x):
-    return tuple(x.new_empty(x.shape[:1], dtype=d) for d in (torch.float32, torch.float32, torch.float64))
-
-
 _forward_op = backend.define(
     "token_logprobs_forward(Tensor hidden, Tensor weight, Tensor targets, float temperature, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_cpu,
+    _forward,
     lambda hidden, weight, targets, temperature, keep: (
-        *_fake_rows(hidden),
+        *rows_like(hidden),
         hidden.new_empty(hidden.shape[0] if keep else 0, weight.shape[0], dtype=torch.float32),
     ),
 )
 _backward_op = backend.define(
     "token_logprobs_backward(Tensor logprob_grad, Tensor entropy_grad, Tensor lse_grad, Tensor hidden, Tensor weight, Tensor targets, "
     "Tensor entropy, Tensor lse, Tensor kept, float temperature) -> (Tensor, Tensor)",
-    _backward_cpu,
+    _backward,
     lambda logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, entropy, lse, kept, temperature: (
         hidden.new_empty(hidden.shape),
         weight.new_empty(weight.shape),
@@ -275,12 +263,12 @@ _backward_op = backend.define(
 )
 _logits_forward_op = backend.define(
     "logits_logprobs_forward(Tensor logits, Tensor targets, float temperature) -> (Tensor, Tensor, Tensor)",
-    _logits_forward_cpu,
-    lambda logits, targets, temperature: _fake_rows(logits),
+    _logits_forward,
+    lambda logits, targets, temperature: rows_like(logits),
 )
 _logits_backward_op = backend.define(
     "logits_logprobs_backward(Tensor logprob_grad, Tensor entropy_grad, Tensor logits, Tensor targets, "
     "Tensor entropy, Tensor lse, float temperature) -> Tensor",
-    _logits_backward_cpu,
+    _logits_backward,
     lambda logprob_grad, entropy_grad, logits, targets, entropy, lse, temperature: logits.new_empty(logits.shape),
 )

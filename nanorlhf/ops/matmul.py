@@ -1,8 +1,7 @@
-"""Matrix products with one order of summation, whatever the batch. Native on the CPU (csrc/matmul.h)."""
+"""Matrix products with one order of summation, whatever the batch. Native on CPUs and GPUs (csrc/matmul.h)."""
 
 import torch
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 
@@ -35,15 +34,16 @@ def matmul_reference(x, weight, bias=None, dtype=None):
 def fill(out, x, weight, bias=None):
     """The native product into ``out``, contiguous; returns it."""
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous()
-    _C.matmul(
+    module, lane = backend.native(x)
+    module.matmul(
         x.numel() // x.shape[-1], *weight.shape, backend.DTYPES[x.dtype], backend.DTYPES[out.dtype], x.data_ptr(), weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), lane,
     )  # fmt: skip
     return out
 
 
 _op = backend.define(
     "matmul(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor",
-    lambda x, weight, bias, dtype: fill(torch.empty(*x.shape[:-1], len(weight), dtype=dtype), x, weight, bias),
+    lambda x, weight, bias, dtype: fill(x.new_empty(*x.shape[:-1], len(weight), dtype=dtype), x, weight, bias),
     lambda x, weight, bias, dtype: x.new_empty(*x.shape[:-1], len(weight), dtype=dtype),
 )

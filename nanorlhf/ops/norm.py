@@ -1,8 +1,7 @@
-"""RMSNorm. Native on the CPU (csrc/norm.h). Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4."""
+"""RMSNorm. Native on CPUs and GPUs (csrc/norm.h). Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4."""
 
 import torch
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 
@@ -92,32 +91,34 @@ def _contiguous(x):
     return x if x is None else x.contiguous()
 
 
-def _forward_cpu(x, weight, eps, residual):
+def _forward(x, weight, eps, residual):
     x, weight, residual = x.contiguous(), weight.detach().float().contiguous(), _contiguous(residual)
-    y, scale = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:-1])
-    total = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype)
+    y, scale = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total = x.new_empty(x.shape if residual is not None else (0,))
     if x.numel():
-        _C.norm(
+        module, lane = backend.native(x)
+        module.norm(
             False, scale.numel(), x.shape[-1], backend.DTYPES[x.dtype], x.data_ptr(), _address(residual), weight.data_ptr(), eps,
-            y.data_ptr(), total.data_ptr(), scale.data_ptr(), 0, 0, 0, 0, torch.get_num_threads(),
+            y.data_ptr(), total.data_ptr(), scale.data_ptr(), 0, 0, 0, 0, lane,
         )  # fmt: skip
     return y, scale, total
 
 
-def _backward_cpu(dy, x, weight, scale, dtotal):
+def _backward(dy, x, weight, scale, dtotal):
     dy, x, wide, dtotal = dy.contiguous(), x.contiguous(), weight.detach().float().contiguous(), _contiguous(dtotal)
-    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.zeros(weight.shape)
+    dx, dweight = x.new_empty(x.shape), x.new_zeros(weight.shape, dtype=torch.float32)
     if x.numel():
-        _C.norm(
+        module, lane = backend.native(x, lambda m: m.norm_workspace(scale.numel(), x.shape[-1]))
+        module.norm(
             True, scale.numel(), x.shape[-1], backend.DTYPES[x.dtype], x.data_ptr(), 0, wide.data_ptr(), 0.0, 0, 0,
-            scale.data_ptr(), dy.data_ptr(), _address(dtotal), dx.data_ptr(), dweight.data_ptr(), torch.get_num_threads(),
+            scale.data_ptr(), dy.data_ptr(), _address(dtotal), dx.data_ptr(), dweight.data_ptr(), lane,
         )  # fmt: skip
     return dx, dweight.to(weight.dtype)
 
 
 _forward_op = backend.define(
     "rms_norm_forward(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor, Tensor, Tensor)",
-    _forward_cpu,
+    _forward,
     lambda x, weight, eps, residual: (
         x.new_empty(x.shape),
         x.new_empty(x.shape[:-1], dtype=torch.float32),
@@ -126,6 +127,6 @@ _forward_op = backend.define(
 )
 _backward_op = backend.define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scale, Tensor? dtotal) -> (Tensor, Tensor)",
-    _backward_cpu,
+    _backward,
     lambda dy, x, weight, scale, dtotal: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )

@@ -1,4 +1,4 @@
-"""What AdamW and Muon do to many tensors at once, each element read once: native on the CPU (csrc/optim.h), ``torch._foreach``
+"""What AdamW and Muon do to many tensors at once, each element read once: native on CPUs and GPUs (csrc/optim.h), ``torch._foreach``
 elsewhere. Lists go together: gradients[i] and moments[i] are those of params[i]. ``scale`` multiplies the gradients first.
 
 Sources: Loshchilov & Hutter 2019 (AdamW), algorithm 2; Jordan et al. 2024 (Muon).
@@ -8,7 +8,6 @@ import math
 
 import torch
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 _NORM, _ADAMW, _MOMENTUM, _APPLY = range(4)
@@ -61,7 +60,7 @@ def momentum_(gradients, momenta, beta, dtype, scale=1.0):
         gradients = torch._foreach_mul(gradients, scale)
         torch._foreach_lerp_(momenta, gradients, 1 - beta)
         return torch.stack(torch._foreach_lerp(gradients, momenta, beta)).to(dtype)
-    updates = torch.empty((len(gradients), *gradients[0].shape), dtype=dtype)
+    updates = gradients[0].new_empty((len(gradients), *gradients[0].shape), dtype=dtype)
     _pass(_MOMENTUM, None, gradients, momenta, None, updates, scale=scale, beta1=beta)
     return updates
 
@@ -82,9 +81,10 @@ def apply_(params, updates, keep, rate):
 
 
 def _native(gradients, *in_place):
-    """Whether the kernels can do it: all fp32 on the CPU, and what they write flat in memory."""
+    """Whether the kernels can do it: all fp32 on one device that has them, and what they write flat in memory."""
     written = [t for tensors in in_place for t in tensors]
-    plain = all(t.dtype == torch.float32 and backend.use_native("optim", t) for t in (*gradients, *written))
+    both = [*gradients, *written]
+    plain = all(t.dtype == torch.float32 and t.device == both[0].device and backend.use_native("optim", t) for t in both)
     return plain and all(t.is_contiguous() for t in written)
 
 
@@ -96,8 +96,14 @@ def _pass(kind, params=None, gradients=None, first=None, second=None, other=None
     sizes = [t.numel() for t in (params if gradients is None else gradients)]
     spans = torch.tensor([[0] * len(sizes) if c is None else [t.data_ptr() for t in c] for c in columns] + [sizes]).T.contiguous()
     dtype = torch.float32 if other is None else other.dtype
-    total = _C.optim(kind, backend.DTYPES[dtype], spans.data_ptr(), len(sizes), scale, keep, rate, beta1, beta2, root, eps,
-                     torch.get_num_threads())  # fmt: skip
+    like = next((c[0] for c in columns if c is not None and len(c)), spans)
+    if like.is_cuda:  # in the order of the stream, as are the kernel and the next use of the memory
+        spans = spans.pin_memory().to(like.device, non_blocking=True)
+    module, lane = backend.native(like, lambda m: m.optim_workspace(len(sizes)))
+    total = module.optim(kind, backend.DTYPES[dtype], spans.data_ptr(), len(sizes), scale, keep, rate, beta1, beta2, root, eps,
+                         lane)  # fmt: skip
+    if kind == _NORM and isinstance(lane, backend.Lane):
+        total = float(lane.workspace[:8].view(torch.float64))  # waits for the GPU, as whoever asks for a number must
     for written in (params, first, second):
         torch.autograd.graph.increment_version(written or [])
     return total

@@ -2,7 +2,7 @@
 
 Two ops, not one: they share no input, so that one pass over both would read as much, and a policy and a value model that
 are two networks can each be done with before the other's activations exist.
-Native on the CPU (csrc/ppo_loss.h). Source: Schulman et al. 2017 (PPO) eq. 7; Ziegler et al. 2019, code.
+Native on CPUs and GPUs (csrc/ppo_loss.h). Source: Schulman et al. 2017 (PPO) eq. 7; Ziegler et al. 2019, code.
 """
 
 from typing import NamedTuple, Optional
@@ -10,7 +10,6 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 
@@ -127,19 +126,20 @@ def _validate(op, x, *others):
         raise ValueError(f"{op}: expected tensors of one shape (M,), M at least 1, in floating point, got {got}")
 
 
-def _cpu(x, old, target, ref, clip, value, want_grad):
+def _run(x, old, target, ref, clip, value, want_grad):
     x, old, target = x.contiguous(), old.contiguous(), target.contiguous()
     ref = None if ref is None else ref.contiguous()
-    terms, grad = torch.empty(8), torch.empty(x.shape if want_grad else 0)
-    _C.ppo_loss(
+    terms, grad = x.new_empty(8), x.new_empty(x.shape if want_grad else 0)
+    module, lane = backend.native(x, lambda m: m.ppo_loss_workspace(len(x)))
+    module.ppo_loss(
         value, len(x), clip, x.data_ptr(), old.data_ptr(), target.data_ptr(), 0 if ref is None else ref.data_ptr(),
-        grad.data_ptr() if want_grad else 0, terms.data_ptr(), torch.get_num_threads(),
+        grad.data_ptr() if want_grad else 0, terms.data_ptr(), lane,
     )  # fmt: skip
     return terms, grad
 
 
 _op = backend.define(
     "ppo_loss(Tensor x, Tensor old, Tensor target, Tensor? ref, float clip, bool value, bool want_grad) -> (Tensor, Tensor)",
-    _cpu,
+    _run,
     lambda x, old, target, ref, clip, value, want_grad: (x.new_empty(8), x.new_empty(x.shape if want_grad else 0)),
 )

@@ -1,12 +1,13 @@
-"""Rotary position embedding, alone or after RMSNorm of each head. Native on the CPU (csrc/rope.h).
+"""Rotary position embedding, alone or after RMSNorm of each head. Native on CPUs and GPUs (csrc/rope.h).
 
 Source: Su et al., arXiv 2104.09864, eq. 34; dimension i is paired with i + D/2, as in Hugging Face's Llama. Norm, then
 rotation, as in Qwen3 (arXiv 2505.09388, §2).
 """
 
+import functools
+
 import torch
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 from nanorlhf.ops.norm import rms_norm_reference
 
@@ -123,9 +124,16 @@ def _validate(op, positions, **inputs):
 
 def _angles(positions, dim, base):
     """(cosines, sines), each (len(positions), dim / 2) in fp64."""
-    frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
-    angles = positions[:, None] * frequencies
+    angles = positions[:, None] * _frequencies(base, dim, positions.device)
     return angles.cos(), angles.sin()
+
+
+def _frequencies(base, dim, device):
+    """(dim / 2,) fp64: by how much each pair turns from one position to the next."""
+    return base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+
+
+_held_frequencies = functools.cache(_frequencies)
 
 
 def _table(base, dim, length):
@@ -147,48 +155,52 @@ def _call(is_backward, q, k, dq, dk, positions, base, weights, eps, out, dweight
     wide = [None if w is None else w.detach().float().contiguous() for w in weights]
     weights = [0 if w is None else w.data_ptr() for w in wide]
     positions = positions.contiguous()
-    cosines, sines = _table(base, D, int(positions.max()) + 1)
-    _C.rope(
-        is_backward, N, D // 2, backend.DTYPES[dq.dtype], positions.data_ptr(), cosines.data_ptr(), sines.data_ptr(),
-        cosines.shape[0], eps, (H, rows[0], rows[4], rows[2], weights[0]), (dk.shape[1], rows[1], rows[5], rows[3], weights[1]),
-        0 if dweight is None else dweight.data_ptr(), torch.get_num_threads(),
+    module, lane = backend.native(dq, lambda m: m.rope_workspace(N, D // 2) if dweight is not None else 0)
+    if isinstance(lane, backend.Lane):  # the largest position is not known without waiting: the kernel computes the angles
+        turns = _held_frequencies(base, D, dq.device).data_ptr(), 0, -1
+    else:
+        cosines, sines = _table(base, D, int(positions.max()) + 1)
+        turns = cosines.data_ptr(), sines.data_ptr(), cosines.shape[0]
+    module.rope(
+        is_backward, N, D // 2, backend.DTYPES[dq.dtype], positions.data_ptr(), *turns, eps, (H, rows[0], rows[4], rows[2], weights[0]), (dk.shape[1], rows[1], rows[5], rows[3], weights[1]),
+        0 if dweight is None else dweight.data_ptr(), lane,
     )  # fmt: skip
 
 
-def _forward_cpu(q, k, positions, base, q_weight, k_weight, eps):
-    out = torch.empty((q.shape[0], q.shape[1] + k.shape[1], q.shape[2]), dtype=q.dtype)
+def _forward(q, k, positions, base, q_weight, k_weight, eps):
+    out = q.new_empty((q.shape[0], q.shape[1] + k.shape[1], q.shape[2]))
     _call(False, q, k, q, k, positions, base, (q_weight, k_weight), eps, out, None)
     return out
 
 
-def _backward_cpu(dq, dk, dv, positions, base, q, k, q_weight, k_weight, eps):
+def _backward(dq, dk, dv, positions, base, q, k, q_weight, k_weight, eps):
     N, H, D = dq.shape
     keys = H + dk.shape[1]
-    packed = torch.empty((N, keys + dv.shape[1], D), dtype=dq.dtype)
+    packed = dq.new_empty((N, keys + dv.shape[1], D))
     packed[:, keys:] = dv
     normed = q_weight is not None
-    dweight = torch.zeros((4, -(-D // 2 // 16) * 16)) if normed else None  # halves of q's, then of k's
+    dweight = dq.new_zeros((4, -(-D // 2 // 16) * 16), dtype=torch.float32) if normed else None  # halves of q's, then of k's
     q, k = (q, k) if normed else (dq, dk)  # without a norm the values are not looked at
     _call(True, q, k, dq, dk, positions, base, (q_weight, k_weight), eps, packed, dweight)
     if not normed:
-        return packed, torch.empty(0), torch.empty(0)
+        return packed, dq.new_empty(0, dtype=torch.float32), dq.new_empty(0, dtype=torch.float32)
     dweight = dweight[:, : D // 2].reshape(2, D)
     return packed, dweight[0].to(q_weight.dtype, copy=True), dweight[1].to(k_weight.dtype, copy=True)
 
 
 def _backward_fake(dq, dk, dv, positions, base, q, k, q_weight, k_weight, eps):
     packed = dq.new_empty((dq.shape[0], dq.shape[1] + dk.shape[1] + dv.shape[1], dq.shape[2]))
-    return packed, *((w.new_empty(w.shape) if w is not None else torch.empty(0) for w in (q_weight, k_weight)))
+    return packed, *((w.new_empty(w.shape) if w is not None else dq.new_empty(0, dtype=torch.float32) for w in (q_weight, k_weight)))
 
 
 _forward_op = backend.define(
     "rope_forward(Tensor q, Tensor k, Tensor positions, float base, Tensor? q_weight, Tensor? k_weight, float eps) -> Tensor",
-    _forward_cpu,
+    _forward,
     lambda q, k, positions, base, q_weight, k_weight, eps: q.new_empty((q.shape[0], q.shape[1] + k.shape[1], q.shape[2])),
 )
 _backward_op = backend.define(
     "rope_backward(Tensor dq, Tensor dk, Tensor dv, Tensor positions, float base, Tensor? q, Tensor? k, Tensor? q_weight, "
     "Tensor? k_weight, float eps) -> (Tensor, Tensor, Tensor)",
-    _backward_cpu,
+    _backward,
     _backward_fake,
 )

@@ -1,4 +1,4 @@
-"""From logits to a token and its log-probabilities. Native on the CPU (csrc/sample.h).
+"""From logits to a token and its log-probabilities. Native on CPUs and GPUs (csrc/sample.h).
 
 The filters are those of Hugging Face's warpers, in their order: temperature, top-k, top-p, min-p. Each keeps every token
 from a least logit on, so tokens that are equally probable stay or go together: top-k keeps all that equal the k-th, and
@@ -10,7 +10,6 @@ import math
 
 import torch
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 _MASK, _GOLDEN = (1 << 64) - 1, 0x9E3779B97F4A7C15
@@ -119,14 +118,16 @@ def _mix(x):
     return x
 
 
-def _sample_cpu(logits, seed, requests, steps, temperature, top_k, top_p, min_p):
+def _sample(logits, seed, requests, steps, temperature, top_k, top_p, min_p):
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     requests, steps = requests.contiguous(), steps.contiguous()
-    tokens, logprobs, unfiltered = torch.empty_like(requests), torch.empty(len(logits)), torch.empty(len(logits))
-    _C.sample(
+    tokens = torch.empty_like(requests)
+    logprobs, unfiltered = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    module, lane = backend.native(logits, lambda m: m.sample_workspace(*logits.shape))
+    module.sample(
         *logits.shape, logits.stride(0), backend.DTYPES[logits.dtype], logits.data_ptr(), seed, requests.data_ptr(),
         steps.data_ptr(), temperature, top_k, top_p, min_p, tokens.data_ptr(), logprobs.data_ptr(), unfiltered.data_ptr(),
-        torch.get_num_threads(),
+        lane,
     )  # fmt: skip
     return tokens, logprobs, unfiltered
 
@@ -134,7 +135,7 @@ def _sample_cpu(logits, seed, requests, steps, temperature, top_k, top_p, min_p)
 _sample_op = backend.define(
     "sample(Tensor logits, int seed, Tensor requests, Tensor steps, float temperature, int top_k, float top_p, float min_p) "
     "-> (Tensor, Tensor, Tensor)",
-    _sample_cpu,
+    _sample,
     lambda logits, seed, requests, *_: (
         torch.empty_like(requests),
         *(logits.new_empty(logits.shape[:1], dtype=torch.float32) for _ in range(2)),

@@ -1,8 +1,7 @@
-"""Softmax over the last dimension, with sums in fp32. Native on the CPU (csrc/softmax.h)."""
+"""Softmax over the last dimension, with sums in fp32. Native on CPUs and GPUs (csrc/softmax.h)."""
 
 import torch
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 
@@ -44,11 +43,13 @@ class _Softmax(torch.autograd.Function):
 
 def _call(is_backward, x, dy):
     x, dy = x.contiguous(), dy.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     if x.numel():
-        _C.softmax(
-            is_backward, x.numel() // x.shape[-1], x.shape[-1], backend.DTYPES[x.dtype],
-            x.data_ptr(), dy.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        size = x.numel() // x.shape[-1], x.shape[-1]
+        module, lane = backend.native(x, None if is_backward else lambda m: m.softmax_workspace(*size))
+        module.softmax(
+            is_backward, *size, backend.DTYPES[x.dtype],
+            x.data_ptr(), dy.data_ptr(), out.data_ptr(), lane,
         )  # fmt: skip
     return out
 

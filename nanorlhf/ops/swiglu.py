@@ -1,8 +1,7 @@
-"""SwiGLU's elementwise part. Native on the CPU (csrc/swiglu.h). Source: Shazeer, arXiv 2002.05202, eq. 6."""
+"""SwiGLU's elementwise part. Native on CPUs and GPUs (csrc/swiglu.h). Source: Shazeer, arXiv 2002.05202, eq. 6."""
 
 import torch
 
-from nanorlhf import _C
 from nanorlhf.ops import backend
 
 
@@ -52,31 +51,32 @@ def _rows(x):
 
 def _call(is_backward, gate, up, dout, out, dgate, dup, gradient_stride):
     gate, up = _rows(gate), _rows(up)
-    _C.swiglu(
+    module, lane = backend.native(gate)
+    module.swiglu(
         is_backward, *gate.shape, backend.DTYPES[gate.dtype], gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
-        dout, out, dgate, dup, gradient_stride, torch.get_num_threads(),
+        dout, out, dgate, dup, gradient_stride, lane,
     )  # fmt: skip
 
 
-def _forward_cpu(gate, up):
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+def _forward(gate, up):
+    out = gate.new_empty(gate.shape)
     _call(False, gate, up, 0, out.data_ptr(), 0, 0, 0)
     return out
 
 
-def _backward_cpu(dout, gate, up):
+def _backward(dout, gate, up):
     N, F = gate.shape
-    packed, dout = torch.empty((N, 2 * F), dtype=gate.dtype), dout.contiguous()
+    packed, dout = gate.new_empty((N, 2 * F)), dout.contiguous()
     dgate, dup = packed.chunk(2, 1)
     _call(True, gate, up, dout.data_ptr(), 0, dgate.data_ptr(), dup.data_ptr(), 2 * F)
     return packed
 
 
 _forward_op = backend.define(
-    "swiglu_forward(Tensor gate, Tensor up) -> Tensor", _forward_cpu, lambda gate, up: gate.new_empty(gate.shape)
+    "swiglu_forward(Tensor gate, Tensor up) -> Tensor", _forward, lambda gate, up: gate.new_empty(gate.shape)
 )
 _backward_op = backend.define(
     "swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> Tensor",
-    _backward_cpu,
+    _backward,
     lambda dout, gate, up: gate.new_empty((gate.shape[0], 2 * gate.shape[1])),
 )
