@@ -27,7 +27,7 @@ void run(const DecodeProblem& p, int64_t capacity, int64_t tokens, const gpu::De
 void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, uintptr_t lengths, float scale, int dtype,
             Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t prefix_bounds, int64_t tokens, uintptr_t owner,
             Strided prefix_k, Strided prefix_v, bool as_forward, const Lane& lane) {
-    if (as_forward) throw std::invalid_argument("attention_decode: on a GPU its bits are not those of attention");
+    if (as_forward) throw std::invalid_argument("attention_decode: the CUDA kernels cannot give the bits of attention, which deterministic asks for");
     DecodeProblem p = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, q, out, k, v, prefixes, owner);
     p.prefix_bounds = at<const int32_t>(prefix_bounds), p.prefix_k = rows(prefix_k), p.prefix_v = rows(prefix_v);
     run(p, capacity, tokens, {}, lane);
