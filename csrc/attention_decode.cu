@@ -16,6 +16,8 @@ using decode::Warp;
 constexpr int PART_KEYS = 512, OWN_PARTS = 128, PREFIX_PARTS = 16;  // at least so many keys a part, at most so many parts
 constexpr int ENOUGH_BLOCKS = 1056;                                // four for each place on an H100
 constexpr int PLAN_THREADS = 256, COMBINE_THREADS = 128;
+constexpr int64_t MOST = 1 << 30;  // where int is enough, with room for a tile
+constexpr char WHAT[] = "attention_decode";
 
 __host__ DEVICE int keys_per_part(int length, int most) {
     const int even = (length + most - 1) / most;
@@ -40,6 +42,7 @@ struct Decode {
     const int32_t *lengths, *bounds, *prefix_lengths, *owner;
     int64_t capacity, prefix_capacity;
     int prefixes, own_parts, prefix_parts, chunk_count;
+    unsigned prefix_blocks;
     Source own, prefix;
     // Workspace. Of part p of sequence b and head h, row (b * parts + p) * heads + h: (top, sum of weights), and the sums.
     float2 *own_sums, *prefix_sums;
@@ -54,7 +57,8 @@ struct Span {  // the keys of a sequence or prefix
 };
 DEVICE Span own_span(const Decode& p, int sequence) {
     const int length = p.lengths[sequence];
-    const bool good = length >= 0 && length <= p.capacity;
+    const bool alone = !p.owner || p.prefixes || (p.optional && p.owner[sequence] == -1);
+    const bool good = length >= 0 && length <= p.capacity && alone;
     return {0, good ? length : 0, good};
 }
 DEVICE Span prefix_span(const Decode& p, int prefix) {
@@ -112,21 +116,24 @@ struct Work {
     bool direct;  // nothing else has a share in the rows
 };
 DEVICE bool find_work(const Decode& p, bool shared, int block_rows, Work& w) {
-    unsigned i = blockIdx.x;
+    unsigned i = shared ? blockIdx.x : blockIdx.x - p.prefix_blocks;
     if (shared) {
         const int4 chunk = p.chunks[i % p.chunk_count];
         if (chunk.x < 0) return false;
         i /= p.chunk_count;
-        w.kv_head = i % p.kv_heads, w.first_part = i / p.kv_heads, w.parts_at_once = gridDim.x / (p.chunk_count * p.kv_heads);
+        w.kv_head = i % p.kv_heads, w.first_part = i / p.kv_heads;
+        w.parts_at_once = p.prefix_blocks / (p.chunk_count * p.kv_heads);
         w.page = chunk.x, w.first_row = chunk.y, w.rows = chunk.z, w.sequence = chunk.w;
         w.span = prefix_span(p, w.page), w.direct = false;
     } else {
         const int chunks = (p.group + block_rows - 1) / block_rows;
         w.first_row = i % chunks * block_rows, i /= chunks;
         w.kv_head = i % p.kv_heads, i /= p.kv_heads;
-        w.sequence = w.page = i % p.batch, w.first_part = i / p.batch, w.parts_at_once = gridDim.x / (chunks * p.kv_heads * p.batch);
+        w.sequence = w.page = i % p.batch, w.first_part = i / p.batch;
+        w.parts_at_once = (gridDim.x - p.prefix_blocks) / (chunks * p.kv_heads * p.batch);
         w.rows = p.group - w.first_row < block_rows ? p.group - w.first_row : block_rows;
-        w.span = own_span(p, w.sequence), w.direct = !p.owner && w.span.length <= keys_per_part(w.span.length, OWN_PARTS);
+        w.span = own_span(p, w.sequence);
+        w.direct = !p.prefixes && w.span.length <= keys_per_part(w.span.length, OWN_PARTS);
     }
     return true;
 }
@@ -155,7 +162,8 @@ DEVICE Place place_of(const Source& source, const Work& w, int token, int end, i
 // This warp's share of a tile: lane i knows where row i of it lies.
 template <class T, class S>
 DEVICE void load_tile(const Decode& p, const Source& source, int kv_head, Place mine, unsigned char* keys) {
-    const T *k = static_cast<const T*>(source.k) + kv_head * source.k_head, *v = static_cast<const T*>(source.v) + kv_head * source.v_head;
+    const T* k = static_cast<const T*>(source.k) + kv_head * source.k_head;
+    const T* v = static_cast<const T*>(source.v) + kv_head * source.v_head;
     constexpr int LOADS = S::TILE / S::WARPS * S::PACKS / WARP;
     const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * (S::TILE / S::WARPS);
     const auto each = [&](int i, auto&& load) {
@@ -188,7 +196,8 @@ DEVICE void load_queries(const Decode& p, const Work& w, bool shared, unsigned c
         Pack<T> elements{};
         if (row < w.rows && count > 0) {
             const Query query = query_of(p, w, shared, row);
-            const T* from = static_cast<const T*>(p.q.data) + query.sequence * p.q.token_stride + query.head * p.q.head_stride + pack * S::PACK;
+            const int64_t start = query.sequence * p.q.token_stride + query.head * p.q.head_stride + pack * S::PACK;
+            const T* from = static_cast<const T*>(p.q.data) + start;
             if (p.q_packs)
                 elements = load_pack(from);
             else
@@ -228,23 +237,27 @@ DEVICE void deliver(const Decode& p, const Work& w, bool shared, int part, bool 
             for (int e = 0; e < 4; ++e)
                 if (column + e < p.dim) to[e] = from_float<T>(sum[e] * inverse);
         } else {
-            const int64_t at = (static_cast<int64_t>(query.sequence) * (shared ? p.prefix_parts : p.own_parts) + part) * p.heads + query.head;
+            const int64_t first = static_cast<int64_t>(query.sequence) * (shared ? p.prefix_parts : p.own_parts);
+            const int64_t at = (first + part) * p.heads + query.head;
             if (column == 0) (shared ? p.prefix_sums : p.own_sums)[at] = make_float2(top, total);
-            store_pack((shared ? p.prefix_rows : p.own_rows) + at * p.pitch + column, Pack<float>{{sum[0], sum[1], sum[2], sum[3]}});
+            float* to = (shared ? p.prefix_rows : p.own_rows) + at * p.pitch + column;
+            store_pack(to, Pack<float>{{sum[0], sum[1], sum[2], sum[3]}});
         }
     }
 }
 
 template <class T, int WIDTH, bool MANY>
-__global__ void __launch_bounds__((Shape<T, WIDTH, MANY>::THREADS), 2) decode_parts(const Decode p, bool shared) {
+DEVICE void work(const Decode& p, bool shared) {
     using S = Shape<T, WIDTH, MANY>;
-    unsigned char *ring = shared_memory(), *queries = S::HOLDS ? ring + (S::STAGES - 1) * 2 * S::TILE_BYTES : ring + S::RING_BYTES;
+    unsigned char* ring = shared_memory();
+    unsigned char* queries = ring + (S::HOLDS ? (S::STAGES - 1) * 2 * S::TILE_BYTES : S::RING_BYTES);
     float* weights = reinterpret_cast<float*>(ring + S::RING_BYTES + S::QUERY_BYTES);
     float2* sums = reinterpret_cast<float2*>(ring + S::RING_BYTES + S::QUERY_BYTES + S::WEIGHT_BYTES);
     int* bad = reinterpret_cast<int*>(sums + S::TEAMS * S::BLOCK_ROWS);
     Work w;
     if (!find_work(p, shared, S::BLOCK_ROWS, w)) return;
-    const int most = shared ? PREFIX_PARTS : OWN_PARTS, keys = keys_per_part(w.span.length, most), parts = parts_of(w.span.length, most);
+    const int most = shared ? PREFIX_PARTS : OWN_PARTS;
+    const int keys = keys_per_part(w.span.length, most), parts = parts_of(w.span.length, most);
     if (w.first_part >= parts && !(w.direct && w.first_part == 0)) return;
     const Source& source = shared ? p.prefix : p.own;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, my_row = warp * (S::TILE / S::WARPS) + lane;
@@ -257,7 +270,9 @@ __global__ void __launch_bounds__((Shape<T, WIDTH, MANY>::THREADS), 2) decode_pa
         const int begin = part * keys, end = w.span.length - begin < keys ? w.span.length : begin + keys;
         const int tiles = (end - begin + S::TILE - 1) / S::TILE;
         int next = 0;  // tile to be loaded
-        const auto find = [&] { return place_of(source, w, lane < S::TILE / S::WARPS ? begin + next * S::TILE + my_row : end, end, bad); };
+        const auto find = [&] {
+            return place_of(source, w, lane < S::TILE / S::WARPS ? begin + next * S::TILE + my_row : end, end, bad);
+        };
         Place mine = find();
         const auto load = [&] {
             if (next < tiles) load_tile<T, S>(p, source, w.kv_head, mine, ring + next % S::STAGES * 2 * S::TILE_BYTES);
@@ -293,6 +308,16 @@ __global__ void __launch_bounds__((Shape<T, WIDTH, MANY>::THREADS), 2) decode_pa
     } while (part < parts);
 }
 
+// The first blocks are the prefixes'. MANY: the others' rows are more than one warp takes.
+template <class T, int WIDTH, bool MANY>
+__global__ void __launch_bounds__((Shape<T, WIDTH, MANY>::THREADS), 2) decode_parts(const Decode p) {
+    static_assert(Shape<T, WIDTH, false>::THREADS == Shape<T, WIDTH, true>::THREADS);
+    const bool shared = blockIdx.x < p.prefix_blocks;
+    if constexpr (MANY) work<T, WIDTH, true>(p, shared);
+    else if (shared) work<T, WIDTH, true>(p, true);
+    else work<T, WIDTH, false>(p, false);
+}
+
 // The parts of a row, its own and its prefix's, together; each warp takes every fourth.
 template <class T>
 __global__ void __launch_bounds__(COMBINE_THREADS) decode_combine(const Decode p) {
@@ -301,17 +326,17 @@ __global__ void __launch_bounds__(COMBINE_THREADS) decode_combine(const Decode p
     __shared__ float totals[WARPS];
     const int sequence = blockIdx.x / p.heads, head = blockIdx.x % p.heads, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const Span own = own_span(p, sequence);
-    const int owner = p.owner ? p.owner[sequence] : -1;
+    const int owner = p.prefixes ? p.owner[sequence] : -1;
     bool good = own.good;
     int prefix_count = 0;
     if (owner >= 0 && owner < p.prefixes) {
         const Span prefix = prefix_span(p, owner);
         good = good && prefix.good, prefix_count = parts_of(prefix.length, PREFIX_PARTS);
     } else {
-        good = good && (!p.owner || (p.optional && owner == -1));
+        good = good && (!p.prefixes || (p.optional && owner == -1));
     }
     const int own_count = parts_of(own.length, OWN_PARTS), count = prefix_count + own_count;
-    if (!p.owner && own_count < 2) return;  // already there
+    if (!p.prefixes && own_count < 2) return;  // already there
     const auto at = [&](int i) {
         return i < prefix_count ? (static_cast<int64_t>(sequence) * p.prefix_parts + i) * p.heads + head
                                 : (static_cast<int64_t>(sequence) * p.own_parts + i - prefix_count) * p.heads + head;
@@ -351,7 +376,8 @@ int64_t most_parts(int64_t capacity, int most) { return std::min<int64_t>(ceil_d
 int64_t padded(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
 int rows_of_block(bool fp32, int width) {  // that share a prefix
-    return !fp32 ? Shape<bf16, 64, true>::BLOCK_ROWS : width == 256 ? Shape<float, 256, true>::BLOCK_ROWS : Shape<float, 64, true>::BLOCK_ROWS;
+    if (width == 256) return fp32 ? Shape<float, 256, true>::BLOCK_ROWS : Shape<bf16, 256, true>::BLOCK_ROWS;
+    return fp32 ? Shape<float, 64, true>::BLOCK_ROWS : Shape<bf16, 64, true>::BLOCK_ROWS;
 }
 int64_t most_chunks(int64_t batch, int64_t group, int64_t prefixes, int rows) {
     return ceil_div(batch * group, rows) + std::min(prefixes, batch);
@@ -364,7 +390,7 @@ int64_t divide(Decode& p, unsigned char* memory) {
         pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + used);
         used += padded(count * sizeof(*pointer));
     };
-    const int64_t own = static_cast<int64_t>(p.batch) * p.own_parts * p.heads, prefix = static_cast<int64_t>(p.batch) * p.prefix_parts * p.heads;
+    const int64_t rows = static_cast<int64_t>(p.batch) * p.heads, own = rows * p.own_parts, prefix = rows * p.prefix_parts;
     const bool alone = p.own_parts < 2 && !p.prefixes;
     take(p.own_sums, alone ? 0 : own), take(p.own_rows, alone ? 0 : own * p.pitch);
     take(p.prefix_sums, prefix), take(p.prefix_rows, prefix * p.pitch);
@@ -372,26 +398,31 @@ int64_t divide(Decode& p, unsigned char* memory) {
     return used;
 }
 
+// Blocks for this many groups of rows, as many times as it takes to fill a GPU, if there may be so many parts.
+int64_t blocks_for(int64_t groups, int64_t most) {
+    return groups * std::max<int64_t>(std::min(ceil_div(ENOUGH_BLOCKS, std::max<int64_t>(groups, 1)), most), 1);
+}
+
 template <class T, int WIDTH, bool MANY>
-void launch_parts(const Decode& p, bool shared, int64_t groups, int64_t most, cudaStream_t stream) {
+void launch_parts(const Decode& p, cudaStream_t stream) {
     using S = Shape<T, WIDTH, MANY>;
-    const int64_t times = std::max<int64_t>(std::min(ceil_div(ENOUGH_BLOCKS, std::max<int64_t>(groups, 1)), most), 1);
-    launch(decode_parts<T, WIDTH, MANY>, dim3(static_cast<unsigned>(groups * times)), dim3(S::THREADS), S::BYTES, stream, "attention_decode", p, shared);
+    const int bytes = p.prefix_blocks ? std::max(S::BYTES, Shape<T, WIDTH, true>::BYTES) : S::BYTES;
+    const int64_t own = blocks_for(ceil_div(p.group, S::BLOCK_ROWS) * p.kv_heads * p.batch, p.own_parts);
+    if (own + p.prefix_blocks > INT32_MAX) throw std::invalid_argument("attention_decode: expected fewer than 2^31 blocks of work");
+    const dim3 grid(static_cast<unsigned>(own + p.prefix_blocks));
+    launch(decode_parts<T, WIDTH, MANY>, grid, dim3(S::THREADS), bytes, stream, WHAT, p);
 }
 
 template <class T, int WIDTH>
-void run(const Decode& p, cudaStream_t stream) {
+void run(Decode& p, cudaStream_t stream) {
     if (p.prefixes) {
-        launch(decode_plan, dim3(1), dim3(PLAN_THREADS), 0, stream, "attention_decode", p, Shape<T, WIDTH, true>::BLOCK_ROWS);
-        if (p.prefix_parts) launch_parts<T, WIDTH, true>(p, true, static_cast<int64_t>(p.chunk_count) * p.kv_heads, p.prefix_parts, stream);
+        launch(decode_plan, dim3(1), dim3(PLAN_THREADS), 0, stream, WHAT, p, Shape<T, WIDTH, true>::BLOCK_ROWS);
+        const int64_t groups = static_cast<int64_t>(p.chunk_count) * p.kv_heads;
+        if (p.prefix_parts) p.prefix_blocks = static_cast<unsigned>(blocks_for(groups, p.prefix_parts));
     }
-    const auto own = [&](auto many) {
-        const int64_t groups = ceil_div(p.group, Shape<T, WIDTH, many.value>::BLOCK_ROWS) * p.kv_heads * p.batch;
-        launch_parts<T, WIDTH, many.value>(p, false, groups, p.own_parts, stream);
-    };
-    p.group > Shape<T, WIDTH, false>::ROWS ? own(std::true_type{}) : own(std::false_type{});
-    if (p.owner || p.own_parts > 1)
-        launch(decode_combine<T>, dim3(static_cast<unsigned>(p.batch * p.heads)), dim3(COMBINE_THREADS), 0, stream, "attention_decode", p);
+    (p.group > Shape<T, WIDTH, false>::ROWS ? launch_parts<T, WIDTH, true> : launch_parts<T, WIDTH, false>)(p, stream);
+    if (p.prefixes || p.own_parts > 1)
+        launch(decode_combine<T>, dim3(static_cast<unsigned>(p.batch * p.heads)), dim3(COMBINE_THREADS), 0, stream, WHAT, p);
 }
 
 bool in_packs(int64_t dim, int64_t size, std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
@@ -404,7 +435,8 @@ bool in_packs(int64_t dim, int64_t size, std::initializer_list<const void*> poin
 Decode sizes(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, int64_t prefixes, int64_t tokens) {
     Decode p{};
     p.batch = static_cast<int>(batch), p.heads = static_cast<int>(heads), p.kv_heads = static_cast<int>(kv_heads);
-    p.group = static_cast<int>(heads / kv_heads), p.dim = static_cast<int>(head_dim), p.pitch = static_cast<int>(ceil_div(head_dim, 4) * 4);
+    p.group = static_cast<int>(heads / kv_heads), p.dim = static_cast<int>(head_dim);
+    p.pitch = static_cast<int>(ceil_div(head_dim, 4) * 4);
     p.capacity = capacity, p.prefix_capacity = tokens, p.prefixes = static_cast<int>(prefixes);
     p.own_parts = static_cast<int>(most_parts(capacity, OWN_PARTS));
     p.prefix_parts = prefixes ? static_cast<int>(most_parts(tokens, PREFIX_PARTS)) : 0;
@@ -426,8 +458,8 @@ void attention_decode(const DecodeProblem& given, int64_t capacity, int64_t pref
                       cudaStream_t stream) {
     Decode p = sizes(given.batch, given.heads, given.kv_heads, given.head_dim, capacity, given.prefixes, prefix_tokens);
     if (!p.batch) return;
-    if (given.batch * given.heads > INT32_MAX || capacity > INT32_MAX || prefix_tokens > INT32_MAX)
-        throw std::invalid_argument("attention_decode: expected fewer than 2^31 queries and keys");
+    if (given.batch * given.heads > MOST || capacity > MOST || prefix_tokens > MOST)
+        throw std::invalid_argument("attention_decode: expected at most 2^30 queries, and as many keys of one");
     const int64_t size = given.dtype ? 2 : 4;
     const int width = p.dim <= 64 ? 64 : p.dim <= 128 ? 128 : 256;
     if (p.prefixes) p.chunk_count = static_cast<int>(most_chunks(p.batch, p.group, p.prefixes, rows_of_block(!given.dtype, width)));

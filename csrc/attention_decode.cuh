@@ -13,7 +13,7 @@ template <class T, int WIDTH, bool MANY>
 struct Shape {
     static constexpr bool FP32 = sizeof(T) == 4;
     static constexpr int ROWS = !FP32 ? 16 : WIDTH == 256 ? 4 : 8, TILE = (FP32 ? 32 : 64) / (WIDTH == 256 ? 2 : 1);
-    static constexpr int STAGES = WIDTH == 64 ? 4 : WIDTH == 128 && !FP32 ? 3 : 2, WARPS = FP32 || MANY ? 4 : TILE / 16;
+    static constexpr int STAGES = WIDTH == 64 ? 4 : WIDTH == 128 && !FP32 ? 3 : 2, WARPS = FP32 ? 4 : TILE / 16;
     static constexpr int TEAMS = MANY ? 1 : WARPS, KEYS = TILE / TEAMS, BLOCK_ROWS = ROWS * WARPS / TEAMS, THREADS = WARPS * WARP;
     static constexpr int SPREAD = FP32 ? WARP / KEYS : 1;  // lanes that share a key's score
     static constexpr bool HOLDS = !FP32 && WIDTH < 256;    // queries in registers
@@ -128,7 +128,8 @@ struct Warp<bf16, WIDTH, MANY> {
             if (lane % 4 == 0) sums[row] = make_float2(top[r], total[r]);
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n)
-                *reinterpret_cast<float2*>(results + S::result(row, 8 * n + lane % 4 * 2)) = make_float2(out[n][2 * r], out[n][2 * r + 1]);
+                *reinterpret_cast<float2*>(results + S::result(row, 8 * n + lane % 4 * 2)) =
+                    make_float2(out[n][2 * r], out[n][2 * r + 1]);
         }
     }
 

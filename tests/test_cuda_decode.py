@@ -47,7 +47,7 @@ def bits(op, *arguments, seed=1, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", HEAD_SIZES)
 def test_every_head_size_matches_the_oracle(D, dtype):
-    for seed in SEEDS:
+    for seed in SEEDS if D in (64, 128) else SEEDS[:1]:
         check_alone(case([3, 0, 70, 5], [0], [0] * 4, D=D, dtype=dtype), seed)
         check(case([3, 0, 70, 5], [40, 7], [0, 1, 0, 0], D=D, dtype=dtype), seed)
         check_paged(paged_case([3, 0, 70, 5], [40, 7], [0, 1, -1, 0], 16, D=D, dtype=dtype), seed)
@@ -65,8 +65,7 @@ def test_every_length_matches_the_oracle(length, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", [64, 128, 256])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 70])
+@pytest.mark.parametrize(("group", "D"), [*((n, 64) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 70)), (7, 128), (17, 128), (5, 256), (17, 256)])
 def test_every_group_matches_the_oracle(group, D, dtype):
     check(case([20, 1, 0, 33], [17, 130], [0, 1, 1, 1], 2 * group, 2, D=D, dtype=dtype))
     check_alone(case([20, 1, 0, 33], [0], [0] * 4, 2 * group, 2, D=D, dtype=dtype))
@@ -204,6 +203,16 @@ def test_nothing_at_all_gives_nothing():
     assert bits(attention_decode, q, k[:, :0], v[:, :0], 0 * lengths).eq(0).all()
     paged, _ = paged_case([0, 0], [], [-1, -1], spare=0)
     assert bits(attention_paged, *paged).eq(0).all() and bits(attention_paged, *paged[:5]).eq(0).all()
+
+
+def test_where_there_is_no_prefix_an_owner_is_none_or_wrong():
+    paged, dense = paged_case([6, 600, 3], [], [-1, -1, -1], 16)
+    assert torch.equal(bits(attention_paged, *paged), bits(attention_decode, *dense[:4]))
+    (pages, lengths, _), wrong = paged[6], torch.tensor([-1, 0, -2]).int()
+    out = bits(attention_paged, *paged[:6], (pages, lengths, wrong))
+    assert torch.equal(out[0], bits(attention_paged, *paged)[0]) and out[1:].isnan().all()
+    k, bounds = dense[1][0, :0], torch.zeros(1, dtype=torch.int32)
+    assert bits(attention_decode, *dense[:4], None, (k, k, bounds, wrong)).isnan().all()
 
 
 def test_the_bits_of_training_are_not_to_be_had():
