@@ -146,17 +146,22 @@ DEVICE Query query_of(const Decode& p, const Work& w, bool shared, int row) {
     return {p.order[w.sequence + row / p.group], w.kv_head * p.group + row % p.group};
 }
 
-// Where a token lies.
+// Where a token lies: elements from the head's first; -1: nowhere.
 struct Place {
-    int page, slot;  // page -1: nowhere
+    int64_t k, v;
 };
 DEVICE Place place_of(const Source& source, const Work& w, int token, int end, int* bad) {
-    if (token >= end) return {-1, 0};
-    if (!source.pages) return {w.page, w.span.first + token};
-    const int page = __ldg(source.pages + w.page * source.width + token / source.page_size);
-    if (page >= 0 && page < source.pool) return {page, token % source.page_size};
-    *bad = 1;
-    return {-1, 0};
+    if (token >= end) return {-1, -1};
+    int64_t page = w.page;
+    int slot = w.span.first + token;
+    if (source.pages) {
+        page = __ldg(source.pages + w.page * source.width + token / source.page_size), slot = token % source.page_size;
+        if (page < 0 || page >= source.pool) {
+            *bad = 1;
+            return {-1, -1};
+        }
+    }
+    return {page * source.k_page + slot * source.k_token, page * source.v_page + slot * source.v_token};
 }
 
 // This warp's share of a tile: lane i knows where row i of it lies.
@@ -168,11 +173,10 @@ DEVICE void load_tile(const Decode& p, const Source& source, int kv_head, Place 
     const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * (S::TILE / S::WARPS);
     const auto each = [&](int i, auto&& load) {
         const int row = (i * WARP + lane) / S::PACKS, pack = (i * WARP + lane) % S::PACKS, element = pack * S::PACK;
-        const int page = __shfl_sync(0xffffffffu, mine.page, row), slot = __shfl_sync(0xffffffffu, mine.slot, row);
-        const int count = page < 0 ? 0 : p.dim - element, to = S::place(first + row, pack);
-        const int64_t there = count > 0 ? page : 0, token = count > 0 ? slot : 0, offset = count > 0 ? element : 0;
-        load(keys + to, k + there * source.k_page + token * source.k_token + offset, count);
-        load(keys + S::TILE_BYTES + to, v + there * source.v_page + token * source.v_token + offset, count);
+        const int64_t at_k = __shfl_sync(0xffffffffu, mine.k, row), at_v = __shfl_sync(0xffffffffu, mine.v, row);
+        const int count = at_k < 0 ? 0 : p.dim - element, to = S::place(first + row, pack);
+        load(keys + to, count > 0 ? k + at_k + element : k, count);
+        load(keys + S::TILE_BYTES + to, count > 0 ? v + at_v + element : v, count);
     };
     if (source.packs) {
 #pragma unroll

@@ -6,8 +6,8 @@ namespace {
 
 using Cache = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, batch (or page), token and head stride
 
-DecodeProblem decode_problem(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, uintptr_t lengths, float scale, int dtype,
-                             Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t owner) {
+DecodeProblem decode_problem(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, uintptr_t lengths, float scale,
+                             int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t owner) {
     DecodeProblem p{};
     p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
     p.lengths = at<const int32_t>(lengths), p.scale = scale, p.dtype = dtype, p.q = rows(q), p.out = rows(out);
@@ -24,10 +24,11 @@ void run(const DecodeProblem& p, int64_t capacity, int64_t tokens, const gpu::De
     gpu::attention_decode(p, capacity, tokens, pages, workspace_of(lane, bytes, "attention_decode"), stream_of(lane));
 }
 
-void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, uintptr_t lengths, float scale, int dtype,
-            Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t prefix_bounds, int64_t tokens, uintptr_t owner,
+void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, uintptr_t lengths, float scale,
+            int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t prefix_bounds, int64_t tokens, uintptr_t owner,
             Strided prefix_k, Strided prefix_v, bool as_forward, const Lane& lane) {
-    if (as_forward) throw std::invalid_argument("attention_decode: the CUDA kernels cannot give the bits of attention, which deterministic asks for");
+    if (as_forward)
+        throw std::invalid_argument("attention_decode: the CUDA kernels cannot give the bits of attention, which deterministic asks for");
     DecodeProblem p = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, q, out, k, v, prefixes, owner);
     p.prefix_bounds = at<const int32_t>(prefix_bounds), p.prefix_k = rows(prefix_k), p.prefix_v = rows(prefix_v);
     run(p, capacity, tokens, {}, lane);
@@ -37,8 +38,9 @@ void paged(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int
            uintptr_t pages, uintptr_t lengths, float scale, int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes,
            int64_t prefix_width, uintptr_t prefix_pages, uintptr_t prefix_lengths, uintptr_t owner, const Lane& lane) {
     const DecodeProblem p = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, q, out, k, v, prefixes, owner);
-    run(p, width * page_size, prefix_width * page_size,
-        {at<const int32_t>(pages), at<const int32_t>(prefix_pages), at<const int32_t>(prefix_lengths), width, prefix_width, page_size, page_count}, lane);
+    const gpu::DecodePages in_pages{at<const int32_t>(pages), at<const int32_t>(prefix_pages), at<const int32_t>(prefix_lengths),
+                                    width, prefix_width, page_size, page_count};
+    run(p, width * page_size, prefix_width * page_size, in_pages, lane);
 }
 
 }  // namespace
