@@ -85,6 +85,15 @@ def test_more_prefixes_and_sequences_than_threads():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [7, 8])
+def test_a_block_may_do_several_parts(dtype, D):
+    """With so many rows of work there are fewer blocks than parts."""
+    check_alone(case([1100, 0, 3, 1600] + [0] * 296, [0], [0] * 300, 2, 2, D=D, dtype=dtype), D)
+    owner, prefixes = [(7 * i) % 360 for i in range(360)], [1100, *(i % 2 for i in range(358)), 700]
+    check(case([i % 3 for i in range(360)], prefixes, owner, 3, 3, D=D, dtype=dtype), D)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_long_sequences_have_fewer_and_larger_parts(dtype):
     check_alone(case([66000, 3], [0], [0, 0], 1, 1, D=16, dtype=dtype))
     check(case([2, 1, 3], [3, 9000], [1, 1, 0], 1, 1, D=16, dtype=dtype))
