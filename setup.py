@@ -91,7 +91,7 @@ def figures(log, source):
 def unresolved(objects):
     """Those of the object files that call a function of namespace gpu that none of them has, and those that call into them."""
     def symbols(path, *options):
-        shown = subprocess.run(["nm", "-P", *options, path], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(["nm", "-P", *options, path], capture_output=True, text=True).stdout
         return {line.split()[0] for line in shown.splitlines() if line.startswith("_ZN3gpu")}
 
     defined = {path: symbols(path, "--defined-only") for path in objects}
@@ -170,18 +170,18 @@ class Cuda:
         if made["csrc/bind_cuda.cpp"] is None or not any(made[source] for source in sources if source in KERNELS):
             raise CudaError(f"nvcc {self.release()} compiles none of the kernels" if KERNELS else "there are no kernels")
         of = {path: source for source, path in made.items() if path}
-        for path in unresolved(list(of)):
+        for path in unresolved(list(of)) if self.left_out else []:
             self.left_out.append({"file": of.pop(path), "reason": "calls what was left out"})
         return list(of)
 
     def record(self, reason=None):
         archs = sorted({arch for source in self.logs for arch in re.findall(r"sm_\w+|compute_80(?=])", str(self.command(source, False)))})
-        kernels = {}
-        for source, log in self.logs.items():
+        kernels, logs = {}, dict(sorted(self.logs.items()))  # several are compiled at a time, in no order
+        for source, log in logs.items():
             kernels.update(figures(log, source))
-        said = [line for log in self.logs.values() for line in log.splitlines()]
+        said = [line for log in logs.values() for line in log.splitlines()]
         warnings = [line for line in said if re.search(r"warning|C75\d\d", line)]
-        return {"reason": reason, "nvcc": self.release(), "archs": archs, "left_out": self.left_out, "warnings": warnings,
+        return {"reason": reason, "nvcc": self.release(), "archs": archs, "left_out": sorted(self.left_out, key=str), "warnings": warnings,
                 "kernels": kernels}
 
 

@@ -16,6 +16,11 @@ PTX float lg2(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+PTX float max_nan(float x, float y) {  // NaN if either is
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
 // Two floats rounded to bf16, `low` in the lower half.
 PTX uint32_t pack_bf16(float low, float high) {
     uint32_t pair;

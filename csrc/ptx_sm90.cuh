@@ -68,19 +68,27 @@ template <int PENDING>  // until at most this many of the warpgroup's groups are
 PTX void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
 }
+// The accumulators of a product that was waited for are read, or written before its start, on this side of here: the compiler
+// knows neither that wgmma writes them late nor what a wait stands for.
+template <int R>
+PTX void wgmma_hold(float (&d)[R]) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) asm volatile("" : "+f"(d[i]) :: "memory");
+}
 
-#define WGMMA_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define WGMMA_16(d, i) WGMMA_8(d, i), WGMMA_8(d, i + 8)
-#define WGMMA_32(d, i) WGMMA_16(d, i), WGMMA_16(d, i + 16)
-#define WGMMA_48(d, i) WGMMA_32(d, i), WGMMA_16(d, i + 32)
-#define WGMMA_64(d, i) WGMMA_32(d, i), WGMMA_32(d, i + 32)
-#define WGMMA_96(d, i) WGMMA_64(d, i), WGMMA_32(d, i + 64)
+#define WGMMA_8(x, d, i) x(d[i]), x(d[i + 1]), x(d[i + 2]), x(d[i + 3]), x(d[i + 4]), x(d[i + 5]), x(d[i + 6]), x(d[i + 7])
+#define WGMMA_16(x, d, i) WGMMA_8(x, d, i), WGMMA_8(x, d, i + 8)
+#define WGMMA_32(x, d, i) WGMMA_16(x, d, i), WGMMA_16(x, d, i + 16)
+#define WGMMA_48(x, d, i) WGMMA_32(x, d, i), WGMMA_16(x, d, i + 32)
+#define WGMMA_64(x, d, i) WGMMA_32(x, d, i), WGMMA_32(x, d, i + 32)
+#define WGMMA_96(x, d, i) WGMMA_64(x, d, i), WGMMA_32(x, d, i + 64)
 #define WGMMA_NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define WGMMA_NAMES_32 WGMMA_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define WGMMA_NAMES_48 WGMMA_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define WGMMA_NAMES_64 WGMMA_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define WGMMA_NAMES_96 WGMMA_NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
+// `first`: d = a b, for which the compiler need not have d's registers defined before.
 // One function of each kind for N columns, with R = N / 2 registers of accumulator; o0 .. o4 number the operands after those.
 #define WGMMA_FOR(N, R, NAMES, REGISTERS, o0, o1, o2, o3, o4, o5, o6)                                                              \
     template <bool A_TRANSPOSED, bool B_TRANSPOSED>                                                                                \
@@ -88,21 +96,29 @@ PTX void wgmma_wait() {
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" o2 ", 0;\n"                                                              \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, %" o0 ", %" o1 ", p, 1, 1, %" o3       \
                      ", %" o4 ";\n}\n"                                                                                             \
-                     : REGISTERS : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));       \
+                     : REGISTERS("+f", d, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(A_TRANSPOSED),               \
+                       "n"(B_TRANSPOSED));                                                                                         \
+    }                                                                                                                              \
+    template <bool A_TRANSPOSED, bool B_TRANSPOSED>                                                                                \
+    PTX void wgmma_shared_first(float (&d)[R], uint64_t a, uint64_t b) {                                                           \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                                                   \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, %" o0 ", %" o1 ", p, 1, 1, %" o2       \
+                     ", %" o3 ";\n}\n"                                                                                             \
+                     : REGISTERS("=f", d, 0) : "l"(a), "l"(b), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));                              \
     }                                                                                                                              \
     template <bool B_TRANSPOSED>                                                                                                   \
     PTX void wgmma_registers(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate) {                                 \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" o5 ", 0;\n"                                                              \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, {%" o0 ",%" o1 ",%" o2 ",%" o3 "}, %"  \
                      o4 ", p, 1, 1, %" o6 ";\n}\n"                                                                                 \
-                     : REGISTERS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),          \
+                     : REGISTERS("+f", d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),          \
                        "n"(B_TRANSPOSED));                                                                                         \
     }
-WGMMA_FOR(32, 16, WGMMA_NAMES_16, WGMMA_16(d, 0), "16", "17", "18", "19", "20", "21", "22")
-WGMMA_FOR(64, 32, WGMMA_NAMES_32, WGMMA_32(d, 0), "32", "33", "34", "35", "36", "37", "38")
-WGMMA_FOR(96, 48, WGMMA_NAMES_48, WGMMA_48(d, 0), "48", "49", "50", "51", "52", "53", "54")
-WGMMA_FOR(128, 64, WGMMA_NAMES_64, WGMMA_64(d, 0), "64", "65", "66", "67", "68", "69", "70")
-WGMMA_FOR(192, 96, WGMMA_NAMES_96, WGMMA_96(d, 0), "96", "97", "98", "99", "100", "101", "102")
+WGMMA_FOR(32, 16, WGMMA_NAMES_16, WGMMA_16, "16", "17", "18", "19", "20", "21", "22")
+WGMMA_FOR(64, 32, WGMMA_NAMES_32, WGMMA_32, "32", "33", "34", "35", "36", "37", "38")
+WGMMA_FOR(96, 48, WGMMA_NAMES_48, WGMMA_48, "48", "49", "50", "51", "52", "53", "54")
+WGMMA_FOR(128, 64, WGMMA_NAMES_64, WGMMA_64, "64", "65", "66", "67", "68", "69", "70")
+WGMMA_FOR(192, 96, WGMMA_NAMES_96, WGMMA_96, "96", "97", "98", "99", "100", "101", "102")
 #endif
 
 // The descriptor of a bf16 operand in shared memory with the 128-byte swizzle: rows of 64 elements (128 bytes), eight rows

@@ -10,7 +10,7 @@ def values_and_gradients(op, inputs, dtype, seed=1):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-    gradients = torch.autograd.grad(outputs, leaves, [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)])
+    gradients = torch.autograd.grad(outputs, leaves, [g.to(o) for g, o in zip(upstream, outputs, strict=True)])
     return [x.detach() for x in (*outputs, *gradients)]
 
 

@@ -30,7 +30,8 @@ def sample(logits, seed, requests, steps, temperature=1.0, top_k=0, top_p=1.0, m
     none, under softmax(logits).
 
     Raises ValueError for shapes that do not fit, settings out of range, and rows that are no distribution: with NaN,
-    +inf, or nothing above -inf.
+    +inf, or nothing above -inf. The CUDA kernel, which nobody waits for, gives such a row token -1 with log-probs NaN. Its
+    weights have the CPU's bits, so both draw the same token unless rounding of sums decides.
 
     >>> rows = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, -math.inf]])
     >>> tokens, logprobs, unfiltered = sample(rows, 0, torch.tensor([5, 6]), torch.tensor([0, 0]), top_k=1)

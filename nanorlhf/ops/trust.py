@@ -48,7 +48,7 @@ def verdict(op, device):
         if key not in _known:
             told = _read().get(key[0], {}).get(op)
             if not _sound(told):
-                if torch.cuda.is_current_stream_capturing():
+                if capturing():
                     return False, "not tried yet, and while a CUDA graph is captured nothing can be", False
                 try:
                     told = _try(op, device)
@@ -61,6 +61,10 @@ def verdict(op, device):
             if not told["ok"]:
                 warnings.warn(f"nanorlhf: the CUDA kernel of {op} is not used on {key[0]}: {told['reason']}", stacklevel=3)
         return _known[key]["ok"], _known[key]["reason"], True
+
+
+def capturing():
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def under_trial():

@@ -11,6 +11,7 @@
 
 PTX float ex2(float x) { return std::exp2(x); }
 PTX float lg2(float x) { return std::log2(x); }
+PTX float max_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 
 PTX uint32_t emulated_bf16(float x) {  // to the nearest, ties to even; NaN stays NaN
     uint32_t bits;
@@ -234,6 +235,8 @@ PTX float emulated_element(uint64_t descriptor, bool transposed, int row, int k)
     return emulated_float(bits);
 }
 PTX void wgmma_fence() {}
+template <int R>
+PTX void wgmma_hold(float (&)[R]) {}
 PTX void wgmma_commit() { emulator::here->products.commit(); }
 PTX void emulated_wgmma(emulator::Thread** t, const std::vector<emulator::Wgmma*>& parts) {
     const emulator::Wgmma& first = *parts[0];
@@ -291,6 +294,10 @@ PTX void wgmma_wait() {
 template <bool A_TRANSPOSED, bool B_TRANSPOSED, int R>
 PTX void wgmma_shared(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {
     emulator::here->products.open.push_back({d, 2 * R, false, A_TRANSPOSED, B_TRANSPOSED, accumulate, {}, a, b});
+}
+template <bool A_TRANSPOSED, bool B_TRANSPOSED, int R>
+PTX void wgmma_shared_first(float (&d)[R], uint64_t a, uint64_t b) {
+    wgmma_shared<A_TRANSPOSED, B_TRANSPOSED>(d, a, b, false);
 }
 template <bool B_TRANSPOSED, int R>
 PTX void wgmma_registers(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool accumulate) {

@@ -33,6 +33,7 @@ struct Meeting {  // of a collective
 };
 struct Warp {
     uint32_t alive = 0;
+    bool asleep = false;
     std::vector<std::shared_ptr<Meeting>> meetings;
 };
 struct GroupMeeting {
@@ -172,18 +173,24 @@ void run_block(size_t thread_count) {
         warps[i / 32].alive |= 1u << i % 32;
         prepare(t, stacks + i * STACK, entry);
     }
-    while (live && error.empty()) {
+    bool moved = true;
+    for (int round = 0; live && error.empty(); ++round) {
         std::shuffle(order.begin(), order.end(), random_source);
-        bool moved = false;
+        // A quarter of the warps sleeps for a while, so that the others get as far ahead as barriers let them.
+        if (round % 64 == 0)
+            for (Warp& warp : warps) warp.asleep = random_source() % 4 == 0;
+        const bool all = !moved;
+        moved = false;
         for (int i : order) {
             Thread& t = threads[i];
+            if (warps[i / 32].asleep && !all) continue;
             if (t.done || (t.ready && !t.ready(t.ready_object, t.ready_value))) continue;
             t.ready = nullptr;
             moved = true;
             resume(t);
             if (!error.empty()) return;
         }
-        if (moved || !live) continue;
+        if (moved || !live || !all) continue;
         if (!engine.empty()) {  // one load arrives, whichever
             const size_t at = random_source() % engine.size();
             Action action = engine[at];

@@ -1,0 +1,390 @@
+// A token for each row of logits (sample.h), a block a row, by the CPU's rules (sample.inc): nothing is sorted, every filter comes
+// down to a least logit that is kept. Weights and their sums in blocks of 512 elements are the CPU's to the last bit, by the same
+// operations in the same order, none of them fused; so both draw the same token but where a random point or a filter's bound falls
+// within rounding of a border. Few rows have their maxima and sums made by many blocks each; the row's own block goes on from there.
+#include "device.cuh"
+#include "gpu.h"
+#include "sample.h"
+
+namespace {
+
+constexpr int BLOCK = 512, LANES = 16, EACH = BLOCK / LANES;  // a block is summed by 16 lanes, 32 elements each
+constexpr int THREADS = 512, SPLIT_THREADS = 128, MOST_SPLITS = 64;
+constexpr int FEW = 256;  // elements among which the least one kept is looked for by comparing each with each
+
+// --- one row -------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Row {
+    const T* x;
+    int columns, blocks;
+    float maximum, inverse;
+    float *peaks, *sums;  // of each block the largest of each lane's elements; the sum of its weights
+
+    DEVICE float at(int i) const { return i < columns ? to_float(x[i]) : -INFINITY; }
+    DEVICE float weight(float value) const {  // e^((value - maximum) / T), NaN for NaN and beside a maximum that is no number
+        const float z = __fmul_rn(__fsub_rn(value, maximum), inverse), y = z < -87.f ? -87.f : z;
+        const float shifted = __fadd_rn(__fmul_rn(y, LOG2E), 12582912.f), whole = __fsub_rn(shifted, 12582912.f);
+        const float r = __fadd_rn(__fsub_rn(y, __fmul_rn(whole, 0.693359375f)), __fmul_rn(whole, 2.12194440e-4f));
+        float q = __fadd_rn(0.0083631733f, __fmul_rn(r, 0.0013926176f));
+        q = __fadd_rn(0.0416665561f, __fmul_rn(r, q));
+        q = __fadd_rn(0.1666657776f, __fmul_rn(r, q));
+        q = __fadd_rn(0.5f, __fmul_rn(r, q));
+        const float p = __fadd_rn(1.f, __fadd_rn(r, __fmul_rn(__fmul_rn(r, r), q)));
+        const float e = __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+        return z < -87.f ? 0.f : z <= 0.f ? e : NAN;
+    }
+};
+
+// Calls f(number, lane) for blocks from `first` to `end`, a half of a warp a block; a number beyond `end` keeps the other half company.
+template <class F>
+DEVICE void each_block(int first, int end, F&& f) {
+    const int half = threadIdx.x / LANES, halves = blockDim.x / LANES;
+    for (int block = first + half; block - half % 2 < end; block += halves) f(block, static_cast<int>(threadIdx.x) % LANES);
+}
+DEVICE float lanes_sum(float x) { return warp_sum<LANES>(x); }  // halves onto each other, down to one lane
+
+template <class T>
+DEVICE float find_peaks(const Row<T>& row, int first, int end) {  // the thread's largest
+    float highest = -INFINITY;
+    each_block(first, end, [&](int block, int lane) {
+        if (block >= end) return;
+        float peak = -INFINITY;
+#pragma unroll 16
+        for (int j = 0; j < EACH; ++j) peak = fmaxf(peak, row.at(block * BLOCK + j * LANES + lane));
+        row.peaks[block * LANES + lane] = peak;
+        highest = fmaxf(highest, peak);
+    });
+    return highest;
+}
+
+// The sums of the weights of elements that are at least `least`; -inf: of all.
+template <class T>
+DEVICE void find_sums(const Row<T>& row, int first, int end, float least) {
+    each_block(first, end, [&](int block, int lane) {
+        float sum = 0.f;
+        if (block < end && (least == -INFINITY || row.peaks[block * LANES + lane] >= least)) {
+#pragma unroll 8
+            for (int j = 0; j < EACH; ++j) {
+                const float value = row.at(block * BLOCK + j * LANES + lane);
+                if (least == -INFINITY || value >= least) sum = __fadd_rn(sum, row.weight(value));
+            }
+        }
+        sum = lanes_sum(sum);
+        if (block < end && lane == 0) row.sums[block] = sum;
+    });
+}
+
+// --- what a row's block shares -------------------------------------------------------------------------------------------------
+
+struct Shared {
+    double sums[THREADS / WARP][3];
+    int counts[THREADS / WARP][3];
+    float room[THREADS / WARP];
+    float few[FEW];
+    unsigned long long few_weights[FEW];  // in units of 2^-52: whole numbers add up to the same in any order
+    int few_count;
+    float weights[BLOCK];
+    double before;
+    int block, token;
+};
+
+struct Mass {
+    double weight[3];
+    int count[3];
+};
+DEVICE void add_up(Mass& mass, Shared& shared) {  // over the block, in one order
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+#pragma unroll
+        for (int lanes = WARP / 2; lanes; lanes /= 2) {
+            mass.weight[i] += __shfl_xor_sync(0xffffffffu, mass.weight[i], lanes);
+            mass.count[i] += __shfl_xor_sync(0xffffffffu, mass.count[i], lanes);
+        }
+        if (lane == 0) shared.sums[warp][i] = mass.weight[i], shared.counts[warp][i] = mass.count[i];
+    }
+    __syncthreads();
+    mass = {};
+    for (int w = 0; w < THREADS / WARP; ++w)
+#pragma unroll
+        for (int i = 0; i < 3; ++i) mass.weight[i] += shared.sums[w][i], mass.count[i] += shared.counts[w][i];
+}
+
+DEVICE double total_of(const float* sums, int blocks, Shared& shared) {
+    Mass mass{};
+    for (int block = threadIdx.x; block < blocks; block += THREADS) mass.weight[0] += static_cast<double>(sums[block]);
+    add_up(mass, shared);
+    return mass.weight[0];
+}
+
+// --- the least logit that is kept ----------------------------------------------------------------------------------------------
+
+// Whole numbers in the order of the floats; -0 is just below 0.
+DEVICE int64_t rank_of(float x) {
+    const int bits = __float_as_int(x);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+DEVICE float ranked(int64_t rank) {
+    const int key = static_cast<int>(rank);
+    return __int_as_float(key ^ ((key >> 31) & 0x7fffffff));
+}
+// Halving the values gets through the bulk of a row in a few steps, halving the ranks comes to an end for sure.
+DEVICE int64_t between(int64_t first, int64_t end, bool by_value) {
+    if (end - first <= 1) return end;
+    const int64_t middle = by_value ? rank_of(0.5f * ranked(first) + 0.5f * ranked(end)) : first + (end - first) / 2;
+    return middle <= first ? first + 1 : middle >= end ? end - 1 : middle;
+}
+
+// Calls f(value) for the elements that may be at least `bound`, above -inf: of the row, or of its peaks.
+template <class T>
+struct Elements {
+    const Row<T>& row;
+    template <class F>
+    DEVICE void operator()(float bound, F&& f) const {
+        each_block(0, row.blocks, [&](int block, int lane) {
+            if (block >= row.blocks || !(row.peaks[block * LANES + lane] >= bound)) return;
+#pragma unroll 8
+            for (int j = 0; j < EACH; ++j) f(row.at(block * BLOCK + j * LANES + lane));
+        });
+    }
+};
+struct Peaks {
+    const float* peaks;
+    int count;
+    template <class F>
+    DEVICE void operator()(float, F&& f) const {
+        for (int i = threadIdx.x; i < count; i += THREADS) f(peaks[i]);
+    }
+};
+
+// Number and, WEIGHTED, weight of the elements that are at least each bound; the bounds rise.
+template <bool WEIGHTED, class Each, class Weight>
+DEVICE Mass mass_from(const Each& each, const Weight& weight, const float (&bounds)[3], Shared& shared) {
+    float sum[3] = {};
+    int count[3] = {};
+    each(bounds[0], [&](float value) {
+        if (!(value >= bounds[0])) return;
+        const float w = WEIGHTED ? weight(value) : 0.f;
+#pragma unroll
+        for (int i = 0; i < 3; ++i)
+            if (value >= bounds[i]) sum[i] += w, ++count[i];
+    });
+    Mass mass;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) mass.weight[i] = WEIGHTED ? static_cast<double>(sum[i]) : 0, mass.count[i] = count[i];
+    add_up(mass, shared);
+    return mass;
+}
+
+// The largest of the n elements in [low, high] such that it and all larger ones weigh (or, not WEIGHTED, number) at least `target`; low
+// if there is none. Three bounds a pass, until few elements are left between two.
+template <bool WEIGHTED, class Each, class Weight>
+DEVICE float least_kept(const Each& each, const Weight& weight, int n, float low, float high, double target, Shared& shared) {
+    int64_t first = rank_of(low), end = rank_of(high) + 1;
+    int count_first = n, count_end = 0;
+    double above = 0;  // weight from `end` on
+    for (int step = 0; end - first > 1 && count_first - count_end > FEW; ++step) {
+        const bool by_value = step < 5;
+        const int64_t middle = between(first, end, by_value);
+        const int64_t bound[3] = {between(first, middle, by_value), middle, between(middle, end, by_value)};
+        const float bounds[3] = {ranked(bound[0]), ranked(bound[1]), ranked(bound[2])};
+        const Mass mass = mass_from<WEIGHTED>(each, weight, bounds, shared);
+        for (int i = 0; i < 3 && bound[i] < end; ++i) {
+            if ((WEIGHTED ? mass.weight[i] : mass.count[i]) >= target) first = bound[i], count_first = mass.count[i];
+            else end = bound[i], count_end = mass.count[i], above = mass.weight[i];
+        }
+    }
+    if (end - first <= 1) return ranked(first);
+
+    const float from = ranked(first), to = ranked(end);
+    if (threadIdx.x == 0) shared.few_count = 0;
+    __syncthreads();
+    each(from, [&](float value) {
+        if (!(value >= from && value < to)) return;
+        const int at = atomicAdd(&shared.few_count, 1);
+        shared.few[at] = value;
+        shared.few_weights[at] = WEIGHTED ? static_cast<unsigned long long>(static_cast<double>(weight(value)) * 0x1p52) : 1;
+    });
+    __syncthreads();
+    float least = -INFINITY;
+    const int few = shared.few_count, me = threadIdx.x;
+    if (me < few) {
+        unsigned long long sum = 0;
+        for (int i = 0; i < few; ++i) sum += shared.few[i] >= shared.few[me] ? shared.few_weights[i] : 0;
+        const double mass = WEIGHTED ? above + static_cast<double>(sum) * 0x1p-52 : count_end + static_cast<double>(sum);
+        if (mass >= target) least = shared.few[me];
+    }
+    least = block_max(least, shared.room);
+    return least > -INFINITY ? least : from;
+}
+
+// The least logit that all filters keep. total: of the row's weights.
+template <class T>
+DEVICE float least_logit(const SampleProblem& p, const Row<T>& row, double total, Shared& shared) {
+    const bool top_k = p.top_k > 0 && p.top_k < p.columns;
+    float low = -INFINITY;
+    if (top_k || p.top_p < 1) {
+        // What is cut for sure: logits without weight; for top-p, those that even together weigh less than 1 - p; for top-k, those
+        // below the k-th of the lanes' maxima.
+        const double light = log((1 - p.top_p) * total / static_cast<double>(p.columns)) - 1e-3;
+        low = fmaxf(static_cast<float>(row.maximum + p.temperature * (top_k || light < -88 ? -88 : light)), -3e38f);
+        const auto weight = [&](float value) { return row.weight(value); };
+        const Elements<T> elements{row};
+        if (top_k) {
+            const double k = static_cast<double>(p.top_k);
+            const Peaks peaks{row.peaks, row.blocks * LANES};
+            if (p.top_k <= peaks.count) low = least_kept<false>(peaks, weight, peaks.count, low, row.maximum, k, shared);
+            low = least_kept<false>(elements, weight, row.columns, low, row.maximum, k, shared);
+        }
+        if (p.top_p < 1) {
+            if (top_k) total = mass_from<true>(elements, weight, {low, low, low}, shared).weight[0];
+            low = least_kept<true>(elements, weight, row.columns, low, row.maximum, p.top_p * total, shared);
+        }
+    }
+    return p.min_p > 0 ? fmaxf(low, static_cast<float>(row.maximum + p.temperature * log(p.min_p))) : low;
+}
+
+// --- the draw ------------------------------------------------------------------------------------------------------------------
+
+DEVICE uint64_t mix(uint64_t x) {  // SplitMix64's finaliser
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+DEVICE double uniform(uint64_t seed, uint64_t request, uint64_t step) {
+    constexpr uint64_t golden = 0x9E3779B97F4A7C15u;
+    return static_cast<double>(mix(mix(request + (seed + 1) * golden) + (step + 1) * golden) >> 11) * 0x1p-53;
+}
+
+// One warp: the first of n weights with which their sum, begun at `before`, passes the point; when rounding puts the point at the very
+// end, the last one above 0. One lane has it, and calls found(number, sum before it).
+template <class F>
+DEVICE void pass_point(const float* weights, int n, double before, double point, F&& found) {
+    const int lane = threadIdx.x % WARP, each = (n + WARP - 1) / WARP, first = min(lane * each, n), end = min(first + each, n);
+    double part = 0;
+    for (int i = first; i < end; ++i) part += static_cast<double>(weights[i]);
+    double sum = lane == 0 ? before + part : part;
+#pragma unroll
+    for (int lanes = 1; lanes < WARP; lanes *= 2) {
+        const double left = __shfl_up_sync(0xffffffffu, sum, lanes);
+        if (lane >= lanes) sum += left;
+    }
+    const double left = __shfl_up_sync(0xffffffffu, sum, 1);
+    before = lane == 0 ? before : left;
+    const unsigned passing = __ballot_sync(0xffffffffu, part > 0 && sum > point), any = __ballot_sync(0xffffffffu, part > 0);
+    if (lane != (passing ? __ffs(passing) - 1 : 31 - __clz(any))) return;
+    int at = -1;
+    for (int i = first; i < end; ++i) {
+        if (!(weights[i] > 0.f)) continue;
+        if (at >= 0) before += static_cast<double>(weights[at]);
+        at = i;
+        if (before + static_cast<double>(weights[i]) > point) break;
+    }
+    found(at, before);
+}
+
+template <class T>
+DEVICE Row<T> row_of(const SampleProblem& p, float* workspace, int64_t r, float inverse) {
+    const int blocks = static_cast<int>((p.columns + BLOCK - 1) / BLOCK);
+    float* const room = workspace + r * (blocks * (LANES + 1) + MOST_SPLITS);
+    return {static_cast<const T*>(p.logits) + r * p.stride, static_cast<int>(p.columns), blocks, -INFINITY, inverse,
+            room + MOST_SPLITS, room + MOST_SPLITS + blocks * LANES};
+}
+template <class T>
+DEVICE float* maxima_of(const Row<T>& row) { return row.peaks - MOST_SPLITS; }
+DEVICE int split_begin(int blocks, int split, int splits) { return static_cast<int>(static_cast<int64_t>(blocks) * split / splits); }
+
+template <class T>
+__global__ void __launch_bounds__(SPLIT_THREADS) sample_peaks_kernel(SampleProblem p, float* workspace, float inverse) {
+    __shared__ float room[SPLIT_THREADS / WARP];
+    const int split = blockIdx.x, splits = gridDim.x;
+    const Row<T> row = row_of<T>(p, workspace, blockIdx.y, inverse);
+    const int first = split_begin(row.blocks, split, splits), end = split_begin(row.blocks, split + 1, splits);
+    const float highest = block_max(find_peaks(row, first, end), room);
+    if (threadIdx.x == 0) maxima_of(row)[split] = highest;
+}
+DEVICE float largest_of(const float* maxima, int splits) {  // by each warp
+    float highest = -INFINITY;
+    for (int i = threadIdx.x % WARP; i < splits; i += WARP) highest = fmaxf(highest, maxima[i]);
+    return warp_max(highest) + 0.f;  // never -0
+}
+template <class T>
+__global__ void __launch_bounds__(SPLIT_THREADS) sample_sums_kernel(SampleProblem p, float* workspace, float inverse) {
+    const int split = blockIdx.x, splits = gridDim.x;
+    Row<T> row = row_of<T>(p, workspace, blockIdx.y, inverse);
+    row.maximum = largest_of(maxima_of(row), splits);
+    find_sums(row, split_begin(row.blocks, split, splits), split_begin(row.blocks, split + 1, splits), -INFINITY);
+}
+
+// splits: into how many parts the two kernels above have cut the rows; 0: they have not been.
+template <class T>
+__global__ void __launch_bounds__(THREADS) sample_kernel(SampleProblem p, float* workspace, float inverse, int splits) {
+    __shared__ Shared shared;
+    const int64_t r = blockIdx.x;
+    Row<T> row = row_of<T>(p, workspace, r, inverse);
+    if (splits) {
+        row.maximum = largest_of(maxima_of(row), splits);
+    } else {
+        row.maximum = block_max(find_peaks(row, 0, row.blocks), shared.room) + 0.f;
+        find_sums(row, 0, row.blocks, -INFINITY);
+        __syncthreads();
+    }
+    const double total = total_of(row.sums, row.blocks, shared);
+    if (!(total >= 1)) {  // the maximum's weight is 1, and NaN is no number
+        if (threadIdx.x == 0) p.tokens[r] = -1, p.logprob[r] = p.unfiltered[r] = NAN;
+        return;
+    }
+    const bool greedy = p.temperature == 0;
+    const float least = greedy ? row.maximum : least_logit(p, row, total, shared);
+    double kept = total;
+    if (least > -INFINITY) {
+        find_sums(row, 0, row.blocks, least);
+        __syncthreads();
+        kept = total_of(row.sums, row.blocks, shared);
+    }
+    const double point = greedy ? 0 : uniform(p.seed, p.requests[r], p.steps[r]) * kept;
+    if (threadIdx.x < WARP)
+        pass_point(row.sums, row.blocks, 0, point, [&](int at, double before) { shared.block = at, shared.before = before; });
+    __syncthreads();
+    const int from = shared.block * BLOCK;
+    for (int i = threadIdx.x; i < BLOCK; i += THREADS) {
+        const float value = row.at(from + i);
+        shared.weights[i] = value >= least ? row.weight(value) : 0.f;
+    }
+    __syncthreads();
+    if (threadIdx.x < WARP)
+        pass_point(shared.weights, BLOCK, shared.before, point, [&](int at, double) { shared.token = from + at; });
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const double z = (static_cast<double>(row.at(shared.token)) - row.maximum) / (greedy ? 1 : p.temperature);
+        p.tokens[r] = shared.token;
+        p.logprob[r] = greedy ? 0.f : static_cast<float>(z - log(kept));
+        p.unfiltered[r] = static_cast<float>(z - log(total));
+    }
+}
+
+}  // namespace
+
+int64_t gpu::sample_workspace(int64_t rows, int64_t columns) {
+    return rows * (ceil_div(columns, BLOCK) * (LANES + 1) + MOST_SPLITS) * static_cast<int64_t>(sizeof(float));
+}
+
+void gpu::sample(const SampleProblem& p, void* workspace, cudaStream_t stream) {
+    const double temperature = p.temperature == 0 ? 1 : p.temperature;
+    const float inverse = 1 / temperature < 3e38 ? static_cast<float>(1 / temperature) : 3e38f;
+    float* const room = static_cast<float*>(workspace);
+    // More rows than these keep a GPU busy by themselves, and each is then read from memory once, not once a kernel.
+    const int64_t blocks = ceil_div(p.columns, BLOCK), most = ceil_div(blocks, SPLIT_THREADS / LANES);
+    const int splits = p.rows <= 64 && blocks >= 16 ? static_cast<int>(most < MOST_SPLITS ? most : MOST_SPLITS) : 0;
+    by_dtype(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        if (splits) {
+            const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(p.rows));
+            launch(sample_peaks_kernel<T>, grid, dim3(SPLIT_THREADS), 0, stream, "sample", p, room, inverse);
+            launch(sample_sums_kernel<T>, grid, dim3(SPLIT_THREADS), 0, stream, "sample", p, room, inverse);
+        }
+        launch(sample_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(THREADS), 0, stream, "sample", p, room, inverse, splits);
+    });
+}
