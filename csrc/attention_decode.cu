@@ -5,6 +5,10 @@
 // What Python cannot see without waiting (a length, page or owner out of range) makes the sequences concerned NaN.
 // Source: FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; a prefix apart from what follows: Hydragen,
 // arXiv 2402.05099.
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+
 #include "attention_decode.cuh"
 #include "gpu.h"
 
