@@ -3,6 +3,7 @@ gradient and its dispatch. backend.py knows what can run here."""
 
 from nanorlhf.ops import backend, optim
 from nanorlhf.ops.attention import attention, attention_decode
+from nanorlhf.ops.attention_paged import attention_paged
 from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
 from nanorlhf.ops.linear import linear, weights_held
@@ -19,6 +20,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_decode",
+    "attention_paged",
     "cross_entropy",
     "embedding",
     "gae",

@@ -25,12 +25,12 @@ LIBRARY = torch.library.Library("nanorlhf", "FRAGMENT")
 CAPABILITY = (8, 0)  # of the oldest GPU that the kernels are built for
 # The functions of _cuda that the ops need; an op that is not here shares those of another, below. Those of linear are torch's.
 KERNELS = {
-    "attention": ("attention_forward", "attention_backward"), "attention_decode": ("attention_decode",), "embedding": ("embedding",),
-    "gae": ("gae",), "linear": (), "loss": ("loss",), "matmul": ("matmul",), "norm": ("norm",), "optim": ("optim",),
+    "attention": ("attention_forward", "attention_backward"), "attention_decode": ("attention_decode", "attention_paged"),
+    "embedding": ("embedding",), "gae": ("gae",), "linear": (), "loss": ("loss",), "matmul": ("matmul",), "norm": ("norm",), "optim": ("optim",),
     "ppo_loss": ("ppo_loss",), "rope": ("rope",), "sample": ("sample",), "softmax": ("softmax",), "swiglu": ("swiglu",),
 }  # fmt: skip
-SHARED = {"token_logprobs": "loss", "logits_logprobs": "loss", "rms_norm": "norm", "add_rms_norm": "norm", "rope_qkv": "rope",
-          "ppo_policy_loss": "ppo_loss", "ppo_value_loss": "ppo_loss"}  # fmt: skip
+SHARED = {"attention_paged": "attention_decode", "token_logprobs": "loss", "logits_logprobs": "loss", "rms_norm": "norm",
+          "add_rms_norm": "norm", "rope_qkv": "rope", "ppo_policy_loss": "ppo_loss", "ppo_value_loss": "ppo_loss"}  # fmt: skip
 
 # Large arrays come and go with every step: fresh from the system, each would have its pages zeroed again, which costs a row
 # softmax four fifths of its time, and torch's own ops as much. It holds for the whole process, so who has set malloc is heeded.

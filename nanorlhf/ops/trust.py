@@ -18,6 +18,7 @@ import torch
 
 from nanorlhf.ops import backend, optim
 from nanorlhf.ops.attention import attention, attention_decode, attention_decode_reference, attention_reference
+from nanorlhf.ops.attention_paged import attention_paged, attention_paged_reference
 from nanorlhf.ops.embedding import embedding, embedding_reference
 from nanorlhf.ops.gae import gae, gae_reference
 from nanorlhf.ops.loss import logits_logprobs, logits_logprobs_reference, token_logprobs
@@ -217,6 +218,10 @@ def _decode_cases(normal, below, fixed):
         kernel, reference = (partial(_no_gradient, run, f) for f in (attention_decode, attention_decode_reference))
         yield BOTH, f"D = {D}", kernel, reference, *inputs[:3]
         yield BOTH, f"D = {D} with prefixes", kernel, reference, *inputs
+        pages, prefix = fixed(*range(28)).flip(0).view(4, 7), (fixed(0, 1, 2, 3).view(2, 2), fixed(17, 32), fixed(1, 0, -1, 1))
+        kernel, reference = (partial(_no_gradient, lambda q, k, v, f=f: f(q, k, v, pages, lengths, prefix=prefix))
+                             for f in (attention_paged, attention_paged_reference))  # fmt: skip
+        yield BOTH, f"D = {D} in pages", kernel, reference, normal(4, 6, D), normal(28, 16, 2, D), normal(28, 16, 2, D)
 
 
 def _no_gradient(run, *args):
