@@ -39,13 +39,14 @@ def kwise_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor
     return torch.stack(losses).mean(), torch.tensor(right / pairs)
 
 
-def whiten(x: Tensor) -> Tensor:
+def whiten(x: Tensor, shift_mean: bool = True) -> Tensor:
     """(x − mean) / sqrt(population variance + 1e-8).
 
     >>> whiten(torch.tensor([1.0, 3.0])).tolist()
     [-1.0, 1.0]
     """
-    return (x - x.mean()) * torch.rsqrt(x.var(unbiased=False) + 1e-8)
+    out = (x - x.mean()) * torch.rsqrt(x.var(unbiased=False) + 1e-8)
+    return out if shift_mean else out + x.mean()
 
 
 def sum_by_sequence(x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -76,5 +77,48 @@ class AdaptiveKL:
     horizon: float
 
     def update(self, kl: float, episodes: int) -> None:
+        if not self.target:
+            return
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.beta *= 1 + error * episodes / self.horizon
+
+
+def full_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0):
+    out = []
+    for at in range(0, len(hidden), 2048):
+        a, b = ((h[at:at + 2048].float() @ w.float().T / temperature).log_softmax(-1) for h, w in ((hidden, weight), (ref_hidden, ref_weight)))
+        out.append((a.exp() * (a - b)).sum(-1))
+    return torch.cat(out) if out else torch.zeros(0)
+
+
+def kl_loss(logprobs, ref, kind):
+    gap = logprobs - ref
+    return gap if kind == "k1" else 0.5 * gap**2 if kind == "k2" else (-gap).exp() - 1 + gap
+
+
+def rloo_advantages(rewards, samples):
+    r = rewards.view(-1, samples)
+    return (r - (r.sum(1, keepdim=True) - r) / (samples - 1)).flatten()
+
+
+def grpo_advantages(rewards, samples, std_norm=True):
+    r = rewards.view(-1, samples)
+    a = r - r.mean(1, keepdim=True)
+    return (a / (r.std(1, keepdim=True) + 1e-4) if std_norm else a).flatten()
+
+
+def policy_terms(logprobs, old, advantages, clip):
+    ratio = torch.exp(logprobs - old)
+    free, bound = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    with torch.no_grad():
+        facts = {"clip_fraction": float((bound > free).float().mean()), "approx_kl": float(0.5 * (logprobs - old).square().mean()), "ratio_max": float((logprobs - old).abs().max().exp())}
+    return torch.maximum(free, bound), facts
+
+
+def dpo_loss(margin, beta, smoothing=0.0):
+    f = torch.nn.functional.logsigmoid
+    return -(1 - smoothing) * f(beta * margin) - smoothing * f(-beta * margin)
+
+
+def ipo_loss(margin, beta):
+    return (margin - 1 / (2 * beta)) ** 2
