@@ -77,17 +77,21 @@ def dpo_stage(run) -> None:
 
 
 def sampled_pairs(run, model) -> List[Pair]:
-    """Of each prompt's samples the one that the reward model scores highest, and the lowest; only samples that end themselves."""
+    """Of each prompt's samples the one that the reward model scores highest, and the lowest. As in the rankings of the reward stage,
+    samples that ended themselves are compared; where fewer than two did, all are, each ended where it was cut off."""
     config, judge = run.config, judge_of(run)
     n, room = config.dpo.samples, config.ppo.max_new_tokens
-    prompts = training_prompts(run, config.dpo.prompts, room)
+    prompts = training_prompts(run, config.dpo.prompts, room + 1)
     drawn = generate(model, prompts, room, n, [judge.end], SamplingConfig(config.ppo.temperature), config.seed * 1_000_003 + 7)
-    scores = judge.score([prompts[i // n] + c.ids for i, c in enumerate(drawn)]).tolist()
+    ended = [prompts[i // n] + c.ids + ([] if c.finished else [judge.end]) for i, c in enumerate(drawn)]
+    scores = judge.score(ended).tolist()
     pairs = []
     for i, prompt in enumerate(prompts):
-        ended = sorted((j for j in range(i * n, i * n + n) if drawn[j].finished), key=lambda j: scores[j])
-        if len(ended) > 1 and scores[ended[-1]] > scores[ended[0]]:
-            pairs.append(Pair(prompt + drawn[ended[-1]].ids, prompt + drawn[ended[0]].ids, len(prompt)))
+        every = sorted(range(i * n, i * n + n), key=lambda j: scores[j])
+        finished = [j for j in every if drawn[j].finished]
+        low, *_, high = finished if len(finished) > 1 else every
+        if scores[high] > scores[low]:
+            pairs.append(Pair(ended[high], ended[low], len(prompt)))
     return pairs
 
 

@@ -173,7 +173,7 @@ class DPOConfig:
     pairs_per_step: int = 32
     prompts: int = 1024  # whose samples the reward model compares
     samples: int = 4  # of each prompt: the best and the worst make a pair
-    beta: float = 0.1
+    beta: float = 0.5  # the larger, the nearer to SFT: at 0.1 the run's pairs are fitted by heart and answers grow
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, muon_lr=0.0015, decay=0.9))
@@ -227,6 +227,14 @@ class RunConfig:
                  f"got {self.eval.prompts}")
         _require(self.ppo.prompts >= self.ppo.minibatches,
                  f"ppo.prompts ({self.ppo.prompts}) cannot be cut into {self.ppo.minibatches} minibatches")
+        for name in ("rloo", "grpo", "reinforce"):
+            group = getattr(self, name)
+            _require(group.samples >= 2 or name == "reinforce", f"{name}.samples must be at least 2 to compare, got {group.samples}")
+            _require(group.prompts * group.samples >= group.minibatches,
+                     f"{name}: {group.prompts} prompts of {group.samples} samples cannot be cut into {group.minibatches} minibatches")
+            _require(group.max_new_tokens < self.model.context, f"{name}.max_new_tokens ({group.max_new_tokens}) leaves no room for a "
+                     f"prompt in the model's context ({self.model.context})")
+        _require(self.dpo.samples >= 2, f"dpo.samples must be at least 2 to make a pair, got {self.dpo.samples}")
         # The tokenizer decides; the resolved configuration names one number.
         object.__setattr__(self, "model", replace(self.model, vocab_size=self.tokenizer.vocab_size))
         _require(self.pretrain.row_tokens <= self.model.context,
@@ -263,6 +271,10 @@ def tiny() -> RunConfig:
         sft=SFTConfig(steps=30, batch_tokens=1024, examples=1000),
         reward=RewardConfig(epochs=1, k=4, groups_per_step=4, simulated_prompts=16),
         ppo=PPOConfig(steps=3, prompts=16, max_new_tokens=16, epochs=1),
+        dpo=DPOConfig(steps=3, pairs_per_step=4, prompts=16, samples=4),
+        rloo=GroupConfig(steps=3, prompts=4, max_new_tokens=16),
+        grpo=GroupConfig(advantage="grpo", steps=3, prompts=4, max_new_tokens=16),
+        reinforce=GroupConfig(advantage="reinforce", steps=3, prompts=4, max_new_tokens=16),
         eval=EvalConfig(prompts=16, best_of=2, shots=1),
     )
 

@@ -9,7 +9,7 @@ from nanorlhf.comparison import SHOWN, answers, comparison, report
 from nanorlhf.evals.winrate import win_rate
 from nanorlhf.run import open_run
 
-SYSTEMS = ["base", "base_prompted", "sft", "best_of_n", "ppo"]
+SYSTEMS = ["base", "base_prompted", "sft", "best_of_n", "dpo", "rloo", "grpo", "ppo"]
 
 
 @pytest.fixture(scope="module")

@@ -52,9 +52,12 @@ def dpo(policy: Model, ref: Model, pairs: Sequence[Pair], config: DPOConfig, see
         log: Callable[[dict], None]) -> Model:
     """Fit ``policy`` to the pairs for ``config.steps`` steps of shuffled passes.
 
-    Errors: ValueError, before anything is trained, without pairs or for one that does not fit.
+    Errors: ValueError, before anything is trained, without pairs, for one that does not fit, or different vocabularies.
     """
     check_pairs(pairs, policy.config.context)
+    if policy.config.vocab_size != ref.config.vocab_size:
+        raise ValueError(f"dpo: policy and reference have vocabularies of different sizes, {policy.config.vocab_size} "
+                         f"and {ref.config.vocab_size}")
     optimizer = Optimizer(policy, config.optim, config.steps)
     first = state.restore(policy=policy, policy_optimizer=optimizer)["step"]
     count = min(config.pairs_per_step, len(pairs))
