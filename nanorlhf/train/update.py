@@ -78,4 +78,4 @@ def passes(rollout: Rollout, config: RLConfig, seed: int, step: int, loss: Loss,
 def share_of(rollout: Rollout, part: np.ndarray, whole: np.ndarray) -> float:
     """The part's actions over those of the whole: what turns a mean over its actions into its term of the whole's."""
     actions = rollout.cu_actions.diff()
-    return float(actions[torch.as_tensor(part)].sum() / actions[torch.as_tensor(whole)].sum())
+    return int(actions[torch.as_tensor(part)].sum()) / int(actions[torch.as_tensor(whole)].sum())
