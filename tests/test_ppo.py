@@ -171,3 +171,25 @@ def test_a_killed_training_goes_on_bit_for_bit_with_its_value_model_and_its_coef
     resumed = train(tmp_path / "cut", again.append, seed=9)
     assert all(same_weights(a, b) for a, b in zip(expected, resumed))
     assert again == rows and len({row["kl_coef"] for row in rows}) == 4
+
+
+# --- variants ------------------------------------------------------------------------------------------------------
+
+def test_whitened_rewards_keep_their_mean():
+    """Rewards 0, 0, 10 | 20 have mean 7.5 and deviation √68.75."""
+    rollout = made_rollout([-1.0] * 4, [-1.0] * 4, [10.0, 20.0], [0, 3, 4])
+    found = token_rewards(rollout, 0.5, replace(PLAIN, whiten_rewards=True))
+    assert found.tolist() == pytest.approx([7.5 + (x - 7.5) / 68.75**0.5 for x in (0, 0, 10, 20)], rel=1e-5)
+
+
+def test_with_the_kl_in_the_loss_the_rewards_are_the_scores_alone():
+    rollout = made_rollout([-1.0, -3.0, -2.0, -1.0], [-2.0] * 4, [10.0, 20.0], [0, 3, 4])
+    assert token_rewards(rollout, 0.5, replace(CONFIG, kl_in="loss")).tolist() == [0.0, 0.0, 10.0, 20.0]
+
+
+@pytest.mark.parametrize("changes", [dict(kl_in="loss"), dict(kl_in="loss", kl_loss="k3"), dict(whiten_advantages="minibatch"),
+                                     dict(value_init="zero"), dict(importance_cap=2.0, top_k=5)])
+def test_every_variant_learns(tmp_path, changes):
+    rows = []
+    learn(tmp_path, rows=rows, **changes)
+    assert np.mean([r["score"] for r in rows[-3:]]) > np.mean([r["score"] for r in rows[:3]]) + 0.5

@@ -105,6 +105,7 @@ def test_the_parts_of_a_minibatch_add_up_to_it(name, micro):
         torch.testing.assert_close(a, b, atol=near, rtol=near)
     assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
     assert other["ratio_max"] == pytest.approx(one["ratio_max"], rel=1e-5) and one["ratio_max"] > 1.01
+    assert other["policy_loss"] == pytest.approx(one["policy_loss"], abs=1e-7)
     assert other["clip_fraction"] == pytest.approx(one["clip_fraction"], abs=1e-6)
 
 

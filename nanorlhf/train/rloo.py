@@ -16,7 +16,7 @@ from ..model import Model
 from ..optim import Optimizer
 from .loss import grpo_advantages, kl_loss, policy_terms, rloo_advantages, sum_by_sequence
 from .rollout import Judge, Rollout, check_prompts, episodes, importance, roll_out
-from .update import improve, passes
+from .update import improve, passes, share_of
 
 
 def check_group(config: GroupConfig) -> None:
@@ -54,7 +54,7 @@ def update(policy: Model, optimizer: Optimizer, rollout: Rollout, beta: float, c
         if config.advantage == "grpo":
             terms = terms + beta * kl_loss(logprobs, rollout.ref_logprobs[index], "k3")
         value = (terms * weight[index]).sum() / len(whole)
-        return value, {"policy_loss": float(value.detach()) * len(whole) / len(part), **facts}
+        return value, {"policy_loss": float(value.detach()) / share_of(rollout, part, whole), **facts}
 
     return passes(rollout, config, seed, step, loss, [optimizer])
 
