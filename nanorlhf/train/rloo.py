@@ -15,6 +15,7 @@ from ..config import GroupConfig
 from ..model import Model
 from ..optim import Optimizer
 from .loss import grpo_advantages, kl_loss, policy_terms, rloo_advantages, sum_by_sequence
+from .objective import average
 from .rollout import Judge, Rollout, check_prompts, episodes, importance, roll_out
 from .update import improve, passes, share_of
 
@@ -41,19 +42,18 @@ def update(policy: Model, optimizer: Optimizer, rollout: Rollout, beta: float, c
     """The passes over one rollout. Returns the means of what they measured."""
     lengths = rollout.cu_actions.diff().long()
     gain = advantages(rollout, beta, config).repeat_interleave(lengths) * importance(rollout, config.importance_cap)
-    # Each action's share of its response: all alike, but in GRPO's own form 1 / length.
-    weight = 1 / lengths.float() if config.advantage == "grpo" and config.length_norm else torch.full_like(lengths, 1.0, dtype=torch.float32)
-    weight = weight.repeat_interleave(lengths)
-    if config.advantage == "grpo" and not config.length_norm:
-        weight = weight / config.max_new_tokens  # Liu et al. 2025: a constant, so that length weighs nothing
+    grpo = config.advantage == "grpo"
+    by = "sequence" if grpo and config.length_norm else "sum"
+    length = config.max_new_tokens if grpo else 1.0  # Liu et al. 2025: a constant, so that length weighs nothing
 
     def loss(part: np.ndarray, whole: np.ndarray) -> tuple[Tensor, dict]:
         tokens, cu_seqlens, where, index = episodes(rollout, part)
         logprobs, _ = policy.logprobs(tokens, cu_seqlens, where, config.temperature)
         terms, facts = policy_terms(logprobs, rollout.logprobs[index], gain[index], config.clip)
-        if config.advantage == "grpo":
+        if grpo:
             terms = terms + beta * kl_loss(logprobs, rollout.ref_logprobs[index], "k3")
-        value = (terms * weight[index]).sum() / len(whole)
+        bounds = torch.nn.functional.pad(lengths[torch.as_tensor(part, device=lengths.device)].cumsum(0), (1, 0))
+        value = average(terms, bounds, by, len(whole), length)
         return value, {"policy_loss": float(value.detach()) / share_of(rollout, part, whole), **facts}
 
     return passes(rollout, config, seed, step, loss, [optimizer])

@@ -16,6 +16,7 @@ from ..engine import SamplingConfig, generate
 from ..engine.generate import ragged
 from ..model import Model
 from .loss import full_kl, sum_by_sequence
+from .objective import importance_weights, sampler_kl
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ class Rollout:
     def measured(self) -> dict:
         """What every algorithm's row of metrics says of its rollout; means are over responses unless said otherwise."""
         log_ratio = self.logprobs - self.ref_logprobs
-        gap = self.sampled - self.logprobs
+        gap, gap_k3 = sampler_kl(self.logprobs, self.sampled)
         by_response = lambda x: float(sum_by_sequence(x, self.cu_actions).mean())
         return {
             "score": float(self.scores.mean()), "kl": by_response(log_ratio), "kl_exact": by_response(self.full_kl),
             "kl_k2": by_response(0.5 * log_ratio**2), "kl_k3": by_response((-log_ratio).expm1() + log_ratio),
             "entropy": float(self.entropy.mean()),
             "length": float(self.cu_actions.diff().float().mean()), "finished": float(self.finished.float().mean()),
-            "sampler_gap": float(gap.abs().max()), "sampler_kl": float(gap.mean()),  # the latter per token: KL(sampler ‖ trainer)
+            # The latter two per token: KL(sampler ‖ trainer).
+            "sampler_gap": float(gap.abs().max()), "sampler_kl": float(gap.mean()), "sampler_kl_k3": float(gap_k3.mean()),
         }
 
 
@@ -150,8 +152,5 @@ def episodes(rollout: Rollout, chosen: np.ndarray) -> tuple[Tensor, Tensor, Tens
 
 
 def importance(rollout: Rollout, cap: float) -> Tensor:
-    """(M,): min(policy / what was drawn from, cap) of each action, 1 where the cap is 0. It makes up for a sampler that filters,
-    or rounds, otherwise than the trainer: Yao et al. 2025, truncated importance sampling."""
-    if not cap:
-        return torch.ones_like(rollout.logprobs)
-    return (rollout.logprobs - rollout.sampled).exp().clamp(max=cap)
+    """(M,): ``importance_weights`` of the actions; 1 where the cap is 0."""
+    return importance_weights(rollout.logprobs, rollout.sampled, cap) if cap else torch.ones_like(rollout.logprobs)
