@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 DEFAULT = "adapters_ours:OURS"
 collect_ignore = ["adapters_trl.py", "adapters_torchtune.py"]  # import what need not be installed
@@ -28,3 +29,12 @@ def adapter(request):
 @pytest.fixture(scope="session")
 def is_ours(request):
     return request.config.getoption("--adapter", default=DEFAULT) == DEFAULT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are only slowed down by more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
