@@ -36,7 +36,8 @@ def test_every_method_leaves_a_policy_of_its_own_and_its_figures(tiny_run):
         assert all(any(not torch.equal(weights[k], other[k]) for k in sft) for other in seen)
         seen.append(weights)
     facts = json.loads((tiny_run.folder / "rloo" / "stage.json").read_text())
-    assert set(alignment.MEASURED) <= set(facts)
+    assert {"kl", "kl_exact", "score", "length", "entropy"} <= set(facts)
+    assert {"pair_accuracy", "margin"} <= set(json.loads((tiny_run.folder / "dpo" / "stage.json").read_text()))
 
 
 def test_the_best_and_the_worst_of_the_samples_that_ended_make_a_pair(opened, monkeypatch):
