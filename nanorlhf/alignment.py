@@ -17,7 +17,7 @@ from .train.ppo import ppo
 from .train.rloo import rloo
 from .train.rollout import Judge
 
-MEASURED = ("kl", "kl_exact", "score", "length", "entropy")  # of the last steps, kept with the stage
+MEASURED = ("kl", "kl_exact", "score", "length", "entropy", "pair_accuracy", "margin")  # of the last steps, kept with the stage
 
 
 def judge_of(run) -> Judge:

@@ -1,4 +1,4 @@
-"""All stages in order: tokenizer → base → SFT → reward → PPO, then the comparison and the report.
+"""All stages in order: tokenizer → base → SFT → reward → what is compared with PPO → PPO, then the comparison and the report.
 
 A run's folder holds one folder a stage, complete when its ``stage.json`` is there (written last). A run that is
 started again skips the complete stages and takes the interrupted one up where its state was last saved.
@@ -14,13 +14,12 @@ from typing import Callable, get_type_hints
 
 import torch
 
-from . import alignment, comparison
+from . import alignment, comparison, parallel
 from .checkpoint import FORMAT, StageState, write_json
 from .config import RunConfig
 from .data.corpus import Corpus
 from .metrics import MetricsLog
 from .ops import backend
-from . import parallel
 from .report import write_report
 from .tokenizer import Tokenizer
 

@@ -162,7 +162,7 @@ def reward_stage(run) -> None:
         linear = Sentiment().fit(*labelled_reviews(films.train))
         facts["linear_pair_accuracy"] = pair_accuracy(linear.log_odds, same_film_pairs(films.test, seed))
     every = [s for r in simulated or epochs[0] for s in r.sequences]
-    models = [reward_member(run, m, epochs, every, tests) for m in range(config.reward.members)]
+    models = [reward_member(run, m, epochs, every, tests, state if not m else None) for m in range(config.reward.members)]
     judge = Ensemble(*zip(*models), config.reward.member_score)
     found = {name: reward_quality(judge, rankings) for name, rankings in tests.items() if rankings}
     run.complete("reward", state.seconds, pair_accuracy={name: q["accuracy"] for name, q in found.items()}, quality=found,
@@ -182,16 +182,17 @@ def load_ensemble(run) -> Ensemble:
     return Ensemble([load_stage(run, member_folder(m)) for m in range(len(means))], means, run.config.reward.member_score)
 
 
-def reward_member(run, member: int, epochs: List[List[Ranking]], samples: List[List[int]], tests: dict) -> tuple[Model, float]:
+def reward_member(run, member: int, epochs: List[List[Ranking]], samples: List[List[int]], tests: dict,
+                  state: StageState | None) -> tuple[Model, float]:
     """One trained reward model of the ensemble, normalised on the samples, and what is to be subtracted of its scores. One that an
-    earlier sitting completed is read."""
+    earlier sitting completed is read. state: the stage's, which the first member's training is saved in."""
     config, seed = run.config.reward, run.config.seed + 1000 * member
     folder = member_folder(member)
     done = run.folder / folder / DONE
     if done.is_file():
         return load_stage(run, folder), json.loads(done.read_text())
     stage = "reward" if not member else f"reward-{member}"
-    state = StageState(run.folder / folder / "state.safetensors")
+    state = state or StageState(run.folder / folder / "state.safetensors")
     model = load_stage(run, "sft", scalar_head=True)
     if member:
         generator = torch.Generator().manual_seed(seed)

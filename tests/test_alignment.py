@@ -36,7 +36,8 @@ def test_every_method_leaves_a_policy_of_its_own_and_its_figures(tiny_run):
         assert all(any(not torch.equal(weights[k], other[k]) for k in sft) for other in seen)
         seen.append(weights)
     facts = json.loads((tiny_run.folder / "rloo" / "stage.json").read_text())
-    assert set(alignment.MEASURED) <= set(facts)
+    assert {"kl", "kl_exact", "score", "length", "entropy"} <= set(facts)
+    assert {"pair_accuracy", "margin"} <= set(json.loads((tiny_run.folder / "dpo" / "stage.json").read_text()))
 
 
 def test_the_best_and_the_worst_of_the_samples_that_ended_make_a_pair(opened, monkeypatch):
@@ -79,3 +80,45 @@ def test_a_reward_model_of_another_tokenizer_is_refused_in_one_sentence(tiny_run
 def test_prompts_leave_room(opened):
     prompts = alignment.training_prompts(opened, 20, 100)
     assert prompts and all(len(p) <= opened.config.model.context - 100 for p in prompts)
+
+
+@pytest.fixture
+def again(tiny_run, tmp_path):
+    """again(**changes): a copy of the run up to the SFT model, or the reward model, with another configuration."""
+
+    def open_copy(*left, **changes):
+        for stage in ("tokenizer", "base", "sft", *left):
+            shutil.copytree(tiny_run.folder / stage, tmp_path / stage)
+        shutil.copy(tiny_run.folder / "run.json", tmp_path / "run.json")
+        run = open_run(replace(tiny_run.config, out=str(tmp_path)), resume=True)
+        run.config = replace(run.config, **changes)
+        return run
+
+    return open_copy
+
+
+@pytest.mark.parametrize("changes", [dict(value="shared"), dict(value_init="zero"), dict(kl_in="loss"), dict(kl_budget=1e-9)])
+def test_ppo_runs_with_any_value_model_and_ends_in_a_policy_without_a_head(tiny_run, again, changes):
+    run = again("reward", ppo=replace(tiny_run.config.ppo, **changes))
+    alignment.ppo_stage(run)
+    assert run.done("ppo") and not hasattr(load_model(run.folder / "ppo"), "score")
+    assert "kl" in run.facts("ppo")
+
+
+def test_reinforce_is_a_stage_too(again):
+    run = again("reward")
+    alignment.ALIGNMENTS["reinforce"](run)
+    assert run.done("reinforce") and run.facts("reinforce")["length"] > 1
+
+
+def test_several_reward_models_judge_together(tiny_run, again):
+    run = again(reward=replace(tiny_run.config.reward, members=2, member_score="min", normalise="both", loss="pairwise", margin=0.1))
+    stages.STAGES["reward"](run)
+    both, means = stages.load_ensemble(run), run.facts("reward")["score_means"]
+    assert len(both.models) == len(means) == 2
+    assert any(not torch.equal(a, b) for a, b in zip(both.models[0].parameters(), both.models[1].parameters()))
+    from nanorlhf.train.reward import score_all
+
+    sequences = [[1, 2, 3], [4, 5]]
+    each = [score_all(m, sequences) - mean for m, mean in zip(both.models, means)]
+    torch.testing.assert_close(alignment.judge_of(run).score(sequences), torch.minimum(*each))
