@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf.train.loss import (AdaptiveKL, dpo_loss, full_kl, gae, grpo_advantages, ipo_loss, kl_loss, kwise_loss, pairwise_loss,
-                                 policy_loss, policy_terms, rloo_advantages, sum_by_sequence, value_loss, whiten)
+from nanorlhf.train.loss import AdaptiveKL, gae, kwise_loss, policy_loss, sum_by_sequence, value_loss, whiten
 
 
 def tensor(*values):
@@ -109,23 +108,6 @@ def test_far_scores_do_not_overflow():
     loss, _ = kwise_loss(scores, torch.tensor([0, 1]), torch.tensor([0, 2]))
     loss.backward()
     assert loss.item() == pytest.approx(2e4) and scores.grad.tolist() == [-1.0, 1.0]
-
-
-# --- pairwise_loss -------------------------------------------------------------------------------------------------
-
-def test_pairs_are_bradley_terry_with_a_margin_that_the_scores_have_to_be_apart():
-    """Scores 2 and 0.5 with margins 0, 1 and 1.5: −log σ(1.5), −log σ(0.5), −log σ(0) = ln 2; the gradient is σ − 1."""
-    better = tensor(2, 2, 2).requires_grad_()
-    loss = pairwise_loss(better, tensor(0.5, 0.5, 0.5), tensor(0, 1, 1.5))
-    loss.sum().backward()
-    assert loss.tolist() == pytest.approx([math.log1p(math.exp(-1.5)), math.log1p(math.exp(-0.5)), math.log(2)], abs=1e-12)
-    assert better.grad.tolist() == pytest.approx([sigmoid(1.5) - 1, sigmoid(0.5) - 1, -0.5], abs=1e-12)
-    assert pairwise_loss(tensor(1), tensor(0)).tolist() == pytest.approx([math.log1p(math.exp(-1))], abs=1e-12)
-
-
-def test_pairs_of_different_number_are_refused():
-    with pytest.raises(ValueError, match="pairwise_loss: expected as many better scores as worse ones, got 2 and 1"):
-        pairwise_loss(tensor(1, 2), tensor(1))
 
 
 # --- gae -----------------------------------------------------------------------------------------------------------
@@ -271,114 +253,3 @@ def test_the_kl_coefficient_follows_its_published_rule():
         beta *= factor
         expected.append(beta)
     assert betas == pytest.approx(expected, rel=1e-12)
-
-
-# --- divergences ---------------------------------------------------------------------------------------------------
-
-POLICY, REFERENCE = tensor(0.4, -1.0, 0.7, 0.0), tensor(-0.3, 0.5, 0.2, 0.1)  # logits of a choice of four
-
-
-def differences(f, theta, step=1e-6):
-    """∂f/∂θ by central differences."""
-    eye = torch.eye(len(theta), dtype=theta.dtype) * step
-    return [(f(theta + e) - f(theta - e)) / (2 * step) for e in eye]
-
-
-def kl_of_logits(a, b):
-    p, q = a.softmax(0).tolist(), b.softmax(0).tolist()
-    return sum(x * math.log(x / y) for x, y in zip(p, q))
-
-
-def test_k1_and_k3_have_the_divergence_for_mean_and_k2_has_not():
-    logp, ref, chance = POLICY.log_softmax(0), REFERENCE.log_softmax(0), POLICY.softmax(0)
-    exact = kl_of_logits(POLICY, REFERENCE)
-    means = {kind: float((chance * kl_loss(logp, ref, kind)).sum()) for kind in ("k1", "k2", "k3")}
-    assert means["k1"] == pytest.approx(exact, abs=1e-12) and means["k3"] == pytest.approx(exact, abs=1e-12)
-    assert abs(means["k2"] - exact) > 0.01
-    assert (kl_loss(logp, ref, "k3") >= 0).all() and (kl_loss(logp, ref, "k2") >= 0).all()
-
-
-def expected_gradient(kind):
-    theta, chance = POLICY.clone().requires_grad_(), POLICY.softmax(0)
-    (chance * kl_loss(theta.log_softmax(0), REFERENCE.log_softmax(0), kind)).sum().backward()
-    return theta.grad.tolist()
-
-
-def test_as_a_loss_k1_pulls_nowhere_k2_as_the_divergence_and_k3_as_the_forward_one():
-    """The samples are the policy's and have no gradient. Compared with differences of KL(π‖ref) and KL(ref‖π), themselves sums."""
-    assert expected_gradient("k1") == pytest.approx([0] * 4, abs=1e-12)
-    assert expected_gradient("k2") == pytest.approx(differences(lambda t: kl_of_logits(t, REFERENCE), POLICY), abs=1e-8)
-    assert expected_gradient("k3") == pytest.approx(differences(lambda t: kl_of_logits(REFERENCE, t), POLICY), abs=1e-8)
-
-
-def test_an_unknown_estimator_is_refused():
-    with pytest.raises(ValueError, match="kl_loss: unknown estimator 'k4'; there are k1, k2 and k3"):
-        kl_loss(tensor(0), tensor(0), "k4")
-
-
-def test_the_full_divergence_of_many_rows_is_that_of_each():
-    """More rows than are done at a time; each by the sum over the vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    h, r, w = torch.randn(2050, 3, generator=generator), torch.randn(2050, 3, generator=generator), torch.randn(5, 3, generator=generator)
-    found = full_kl(h, w, r, w, 0.5)
-    for row in (0, 2047, 2048, 2049):
-        assert float(found[row]) == pytest.approx(kl_of_logits((h[row].double() @ w.double().T) / 0.5, (r[row].double() @ w.double().T) / 0.5), abs=1e-4)
-    assert full_kl(h[:0], w, r[:0], w).shape == (0,)
-
-
-# --- groups --------------------------------------------------------------------------------------------------------
-
-def test_leave_one_out_advantages_by_hand():
-    """1, 2, 6: 1 − 4, 2 − 3.5, 6 − 1.5. A group of its own for 5, 5, 5. They sum to 0 in each group."""
-    assert rloo_advantages(tensor(1, 2, 6, 5, 5, 5), 3).tolist() == [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]
-
-
-def test_group_advantages_by_hand():
-    """1, 2, 6: mean 3, deviation of the sample √((4 + 1 + 9)/2) = √7."""
-    assert grpo_advantages(tensor(1, 2, 6), 3, std_norm=False).tolist() == [-2.0, -1.0, 3.0]
-    assert grpo_advantages(tensor(1, 2, 6), 3).tolist() == pytest.approx([x / (7**0.5 + 1e-4) for x in (-2, -1, 3)], abs=1e-12)
-    assert grpo_advantages(tensor(4, 4), 2).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("advantages, name", [(rloo_advantages, "rloo"), (grpo_advantages, "grpo")])
-def test_a_group_of_one_and_a_torn_group_are_refused(advantages, name):
-    with pytest.raises(ValueError, match=f"{name}: a group needs at least 2 samples to compare, got 1"):
-        advantages(tensor(1, 2), 1)
-    with pytest.raises(ValueError, match=f"{name}: 5 rewards are no whole number of groups of 2"):
-        advantages(tensor(1, 2, 3, 4, 5), 2)
-
-
-def test_the_terms_of_the_clipped_loss_are_what_the_loss_averages():
-    logprobs, advantages = tensor(math.log(1.5), math.log(0.5), 0.0), tensor(1, 1, -2)
-    terms, facts = policy_terms(logprobs, tensor(0, 0, 0), advantages, 0.2)
-    assert terms.tolist() == pytest.approx([-1.2, -0.5, 2.0], abs=1e-12)
-    assert facts["clip_fraction"] == pytest.approx(1 / 3) and facts["ratio_max"] == pytest.approx(2.0)
-    assert facts["approx_kl"] == pytest.approx((math.log(1.5) ** 2 + math.log(2) ** 2) / 6, abs=1e-6)
-
-
-# --- preferences ---------------------------------------------------------------------------------------------------
-
-def test_direct_preferences_by_hand():
-    """β = 0.1 and margins 0 and 20: ln 2, −log σ(2). With a label wrong in 1 of 10: 0.9 · −log σ(2) + 0.1 · −log σ(−2)."""
-    margin = tensor(0, 20).requires_grad_()
-    loss = dpo_loss(margin, 0.1)
-    loss.sum().backward()
-    right, wrong = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
-    assert loss.tolist() == pytest.approx([math.log(2), right], abs=1e-12)
-    assert margin.grad.tolist() == pytest.approx([-0.1 * 0.5, -0.1 * sigmoid(-2)], abs=1e-12)
-    assert float(dpo_loss(tensor(20), 0.1, 0.1)) == pytest.approx(0.9 * right + 0.1 * wrong, abs=1e-12)
-
-
-def test_label_smoothing_has_its_least_where_the_labels_chances_are_met():
-    """σ(β m) = 1 − ε: at β = 1 and ε = 0.2 the gradient is 0 at m = ln 4."""
-    margin = tensor(math.log(4)).requires_grad_()
-    dpo_loss(margin, 1.0, 0.2).backward()
-    assert float(margin.grad) == pytest.approx(0, abs=1e-12)
-
-
-def test_the_identity_preference_is_drawn_to_half_over_beta():
-    """β = 0.25: the aim is 2. Margins 2, 0 and 5: 0, 4, 9; gradients 0, −4, 6."""
-    margin = tensor(2, 0, 5).requires_grad_()
-    loss = ipo_loss(margin, 0.25)
-    loss.sum().backward()
-    assert loss.tolist() == [0, 4, 9] and margin.grad.tolist() == [0, -4, 6]

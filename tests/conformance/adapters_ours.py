@@ -10,7 +10,7 @@ from nanorlhf.evals import best_of_n, reward_quality
 from nanorlhf.optim import AdamW, learning_rate
 from nanorlhf.train import loss, objective, ppo
 from nanorlhf.train.rollout import end_rule
-from systems_ours import Systems
+from .systems_ours import Systems
 
 
 def bounds(mask):

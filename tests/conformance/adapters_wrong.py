@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
-from adapters_ours import Ours
+from .adapters_ours import Ours
 
 
 class Defect(NamedTuple):

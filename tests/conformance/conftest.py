@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-DEFAULT = "adapters_ours:OURS"
+DEFAULT = "conformance.adapters_ours:OURS"
 collect_ignore = ["adapters_trl.py", "adapters_torchtune.py"]  # import what need not be installed
 
 

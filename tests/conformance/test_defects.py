@@ -5,13 +5,9 @@ import inspect
 import pytest
 from _pytest.outcomes import Skipped
 
-import test_items_data
-import test_items_reward
-import test_items_rollout
-import test_items_update
-import test_preferences_groups
-from adapters_ours import OURS
-from adapters_wrong import DEFECTS
+from . import test_items_data, test_items_reward, test_items_rollout, test_items_update, test_preferences_groups
+from .adapters_ours import OURS
+from .adapters_wrong import DEFECTS
 
 MODULES = (test_items_data, test_items_reward, test_items_rollout, test_items_update, test_preferences_groups)
 TESTS = {name: test for module in MODULES for name, test in vars(module).items() if name.startswith("test_")}

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from contract import close, differences
+from .contract import close, differences
 from nanorlhf.evals.best_of_n import kl_bound
 from nanorlhf.train.loss import gae, kl_loss, policy_terms, ppo_policy_loss, rloo_advantages
 from nanorlhf.train.objective import average, reinforce_loss

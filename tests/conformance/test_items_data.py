@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from contract import close, differences, gradient, need, tensor
+from .contract import close, differences, gradient, need, tensor
 
 PROMPT, ANSWERS = [3, 5, 8], ([1, 4], [6, 4, 2], [9])
 

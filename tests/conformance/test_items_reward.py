@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from contract import close, differences, gradient, need, tensor
+from .contract import close, differences, gradient, need, tensor
 
 SEQUENCES = [[3, 5, 8, 1, 21], [4, 21], [2, 9, 9, 7, 1, 1, 6, 21], [8, 21]]
 

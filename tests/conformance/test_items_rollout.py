@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from contract import close, mask_of, need, ones, tensor
+from .contract import close, mask_of, need, ones, tensor
 
 PUBLISHED = [0.0508, 0.4381, 0.8254, 1.2127, 1.6, 1.9873, 2.3746, 2.7619, 3.1492]  # B, of 1.2, 1.3, … 2.0
 RUBBISH = (0.0, 7.0, -300.0)  # what a padded position may hold

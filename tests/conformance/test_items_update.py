@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from contract import close, differences, gradient, mask_of, need, ones, tensor
+from .contract import close, differences, gradient, mask_of, need, ones, tensor
 
 
 def padded_terms():

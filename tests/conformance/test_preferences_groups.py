@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from contract import close, gradient, mask_of, need, tensor
+from .contract import close, gradient, mask_of, need, tensor
 
 CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = tensor(-10, -3), tensor(-12, -2), tensor(-11, -3), tensor(-9, -4)  # margins 4, −2
 
