@@ -37,6 +37,8 @@ and what is said of each where it is used; only ours has them so far. An adapter
 import pytest
 import torch
 
+Missing = pytest.skip.Exception  # raised by a method for a variant of its arguments that the library has not
+
 
 def need(adapter, *names):
     """The adapter's methods of these names; skips the test where one is missing."""

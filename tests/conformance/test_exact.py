@@ -14,6 +14,12 @@ from nanorlhf.evals.best_of_n import kl_bound
 from nanorlhf.train.loss import gae, kl_loss, policy_terms, ppo_policy_loss, rloo_advantages
 from nanorlhf.train.objective import average, reinforce_loss
 
+@pytest.fixture(autouse=True)
+def this_package(is_ours):
+    if not is_ours:
+        pytest.skip("solves problems with this package's losses, whatever adapter is under judgement")
+
+
 # --- a bandit with a price on divergence -----------------------------------------------------------------------------
 
 REWARDS = torch.tensor([1.0, 0.2, -0.5, 0.7, 0.0, -1.0, 0.4, 0.9], dtype=torch.float64)
