@@ -142,6 +142,20 @@ class Systems:
             backend.deterministic(before)
         return rows
 
+    def ppo_resumed(self):
+        """(policy and value model of a run of three steps, those of one that was killed at the third and went on)."""
+        config, ended = replace(CONFIG, steps=3), []
+        with tempfile.TemporaryDirectory() as folder:
+            for name, logs in (("whole", [lambda row: None]), ("cut", [tiny.killed_at(3), lambda row: None])):
+                for log in logs:
+                    nets = self.models()
+                    try:
+                        ppo.ppo(*nets, JUDGE, PROMPTS, config, 0, tiny.saving(Path(folder) / name), log)
+                    except tiny.Killed:
+                        continue
+                ended.append(nets[::2])
+        return ended
+
     def ppo_moves(self, policy_rate, value_rate):
         """Which of (policy, reference, value model) one step of PPO changes at these learning rates."""
         rate = lambda x: OptimConfig(lr=x, muon_lr=x, weight_decay=0.0)

@@ -47,7 +47,8 @@ def test_item_15_no_share_of_scores_moves_with_padding(adapter):
 
 
 def test_item_16_two_ranked_completions_are_bradley_terry(adapter):
-    """InstructGPT eq. 1 with K = 2: −log σ(1.5), gradients σ(1.5) − 1 and 1 − σ(1.5)."""
+    """InstructGPT eq. 1 with K = 2: −log σ(1.5), gradients σ(1.5) − 1 and 1 − σ(1.5). (O has a softmax over the best of 4 instead, which
+    is the same for two.)"""
     loss, grad = gradient(lambda s: need(adapter, "kwise_loss")(s, torch.tensor([0, 1])), tensor(2, 0.5))
     close(loss, -math.log(sigmoid(1.5)))
     close(grad, [sigmoid(1.5) - 1, 1 - sigmoid(1.5)])

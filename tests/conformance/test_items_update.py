@@ -26,6 +26,13 @@ def test_item_39_micro_batches_make_the_step_that_the_batch_makes(adapter, micro
     close(weights(micro_episodes=micro), weights(), 1e-9)
 
 
+def test_beyond_the_items_a_resumed_run_is_the_run_to_the_bit(adapter):
+    """T (TRL #2657, OpenRLHF #1103). Weights of policy and value model after a kill, with optimisers, coefficient and data in between."""
+    for whole, cut in zip(*need(adapter, "ppo_resumed")()):
+        for (name, a), b in zip(whole.state_dict().items(), cut.state_dict().values()):
+            assert torch.equal(a, b), name
+
+
 def test_item_40_the_ratio_is_exactly_1_before_the_first_step(adapter):
     """T (TRL #454, minimind #814). In the log of a run: the largest |log ratio| of the first minibatch, and the gap of sampler and
     trainer, are 0; later passes move."""
