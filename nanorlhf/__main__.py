@@ -60,12 +60,12 @@ def _stage(name: str):
         Args:
             out: The run's folder.
         """
-        from . import stages
+        from . import alignment, stages
         from .progress import Progress
         from .run import open_run
 
         with Progress(CONSOLE) as progress:
-            stages.STAGES[name](open_run(RunConfig(out=out), True, progress))
+            {**stages.STAGES, **alignment.ALIGNMENTS}[name](open_run(RunConfig(out=out), True, progress))
     return stage
 
 
@@ -163,6 +163,7 @@ def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
 
 
 VERBS = {"pretrain": _stage("base"), "sft": _stage("sft"), "reward": _stage("reward"), "ppo": _stage("ppo"),
+         "dpo": _stage("dpo"), "rloo": _stage("rloo"), "grpo": _stage("grpo"), "reinforce": _stage("reinforce"),
          "chat": chat, "report": report, "tokenizer": tokenizer, "data": data, "doctor": doctor}
 
 

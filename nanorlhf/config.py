@@ -103,36 +103,86 @@ class RewardConfig:
     k: int = 8  # completions of a prompt that are ranked together
     groups_per_step: int = 8
     simulated_prompts: int = 128  # prompts whose K sampled completions the simulated labeller ranks
+    loss: Literal["kwise", "pairwise"] = "kwise"  # a group's pairs count as one, or every pair alike
+    margin: float = 0.0  # that a pair's scores are to be apart, for each rank between them
+    members: int = 1  # models that judge together, each with a head and an order of its own
+    member_score: Literal["mean", "min"] = "mean"  # of their scores
+    normalise: Literal["after", "both", "none"] = "after"  # mean 0, deviation 1 on SFT samples: after training, or before it too
     labeller_temperature: float = 0.5  # of the simulated labeller's Bradley-Terry noise
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, muon_lr=0.006, decay=0.9))
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class RLConfig:
+    """What all reinforcement learning from the reward model has in common."""
+
     steps: int = 28
-    prompts: int = 128  # rollouts in a step
-    distinct_prompts: int = 3000  # that they are drawn from, shared over the families
+    distinct_prompts: int = 3000  # that a step's prompts are drawn from, shared over the families
     max_new_tokens: int = 48
-    temperature: float = 0.7
+    temperature: float = 0.7  # of the sampler, and of every log-probability in training
+    top_k: int = 0  # filters of the sampler; training's log-probabilities are those of the whole softmax
+    top_p: float = 1.0
+    min_p: float = 0.0
+    importance_cap: float = 0.0  # weight actions by trainer over sampler, at most this; 0: not at all. Wanted with a filter
+    missing_end: Literal["replace", "subtract", "keep"] = "replace"  # what becomes of the score without an end of turn
+    missing_end_score: float = -1.0  # what replaces it, or is added to it
+    kl_coef: float = 0.2  # beta at the start
+    kl_target: float = 6.0  # nats per response that the controller keeps to; 0: beta stays as it is
+    kl_horizon: int = 600  # episodes; the controller's
+    kl_budget: float = 0.0  # nats per response beyond which the run stops; 0: none
+    clip: float = 0.2  # of the probability ratio
     epochs: int = 1  # passes over each batch of rollouts
     minibatches: int = 4  # optimiser steps in a pass
-    clip: float = 0.2  # of the probability ratio
-    value_clip: float = 0.2
+    micro_episodes: int = 0  # episodes in one forward, gradients add up to a step; 0: all of a minibatch
+    ratio_stop: float = 0.0  # a minibatch with a larger ratio ends its batch's passes; 0: none does
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, muon_lr=0.0015, decay=0.3, final=0.3))
+
+
+@dataclass(frozen=True)
+class PPOConfig(RLConfig):
+    prompts: int = 128  # rollouts in a step
     gamma: float = 1.0
     lam: float = 0.95
-    kl_coef: float = 0.2  # beta at the start
-    kl_centred: bool = True  # whether the penalty of a token is counted from the batch's mean, and so is neutral to length
-    kl_target: float = 6.0  # nats per response
-    kl_horizon: int = 600  # episodes; the adaptive controller's
-    missing_end_score: float = -1.0  # replaces the reward model's score when a response has no end of turn
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, muon_lr=0.0015, decay=0.3, final=0.3))
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_centred: bool = True  # in the reward: the penalty of a token is counted from the batch's mean, and so is neutral to length
+    kl_loss: Literal["k1", "k2", "k3"] = "k2"  # in the loss: which estimator; only k2 has the gradient of the KL from the policy
+    whiten_rewards: bool = False  # to deviation 1, their mean kept
+    whiten_advantages: Literal["batch", "minibatch", "none"] = "batch"
+    value: Literal["separate", "shared"] = "separate"  # a network of its own, or a head on the policy's
+    value_init: Literal["reward", "zero"] = "reward"  # a separate one's weights: the reward model's, or SFT's with a head of zeros
+    value_clip: float = 0.2
+    value_coef: float = 0.1  # a shared head's weight in the loss
     value_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, muon_lr=0.003, decay=0.3, final=0.3))
+
+
+@dataclass(frozen=True)
+class GroupConfig(RLConfig):
+    """RLOO, GRPO and REINFORCE: several responses to a prompt instead of a value model."""
+
+    prompts: int = 32  # of a step
+    samples: int = 4  # responses to each
+    advantage: Literal["rloo", "grpo", "reinforce"] = "rloo"
+    std_norm: bool = True  # grpo: divide by the group's deviation (off: Dr. GRPO)
+    length_norm: bool = True  # grpo: a response's tokens count 1/length each (off: all tokens alike)
+    baseline: bool = False  # reinforce: subtract the batch's mean reward
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    steps: int = 60
+    pairs_per_step: int = 32
+    prompts: int = 1024  # whose samples the reward model compares
+    samples: int = 4  # of each prompt: the best and the worst make a pair
+    beta: float = 0.5  # the larger, the nearer to SFT: at 0.1 the run's pairs are fitted by heart and answers grow
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, muon_lr=0.0015, decay=0.9))
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     prompts: int = 512  # held-out prompts of the stage comparison
-    best_of: int = 8
+    best_of: int = 16
     shots: int = 4  # examples in the base model's prompt
     temperature: float = 0.7  # of every system
 
@@ -154,13 +204,19 @@ class RunConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    compared: Tuple[Literal["dpo", "rloo", "grpo", "reinforce"], ...] = ("dpo", "rloo", "grpo")  # trained beside PPO, from the same models
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    rloo: GroupConfig = field(default_factory=GroupConfig)
+    grpo: GroupConfig = field(default_factory=lambda: GroupConfig(advantage="grpo"))
+    reinforce: GroupConfig = field(default_factory=lambda: GroupConfig(advantage="reinforce"))
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        for stage in (self.tokenizer, self.pretrain, self.sft, self.reward, self.ppo, self.eval):
+        aligned = (self.ppo, self.rloo, self.grpo, self.reinforce, self.dpo)
+        for stage in (self.tokenizer, self.pretrain, self.sft, self.reward, *aligned, self.eval):
             for f in fields(stage):
                 value = getattr(stage, f.name)
-                if isinstance(value, int) and f.name != "evals":
+                if isinstance(value, int) and not isinstance(value, bool) and f.name not in ("evals", "top_k", "micro_episodes"):
                     _require(value > 0, f"{type(stage).__name__}: {f.name} must be positive, got {value}")
         for name, value in (("ppo.temperature", self.ppo.temperature), ("eval.temperature", self.eval.temperature),
                             ("data.held_out_bytes", self.data.held_out_bytes),
@@ -171,6 +227,14 @@ class RunConfig:
                  f"got {self.eval.prompts}")
         _require(self.ppo.prompts >= self.ppo.minibatches,
                  f"ppo.prompts ({self.ppo.prompts}) cannot be cut into {self.ppo.minibatches} minibatches")
+        for name in ("rloo", "grpo", "reinforce"):
+            group = getattr(self, name)
+            _require(group.samples >= 2 or name == "reinforce", f"{name}.samples must be at least 2 to compare, got {group.samples}")
+            _require(group.prompts * group.samples >= group.minibatches,
+                     f"{name}: {group.prompts} prompts of {group.samples} samples cannot be cut into {group.minibatches} minibatches")
+            _require(group.max_new_tokens < self.model.context, f"{name}.max_new_tokens ({group.max_new_tokens}) leaves no room for a "
+                     f"prompt in the model's context ({self.model.context})")
+        _require(self.dpo.samples >= 2, f"dpo.samples must be at least 2 to make a pair, got {self.dpo.samples}")
         # The tokenizer decides; the resolved configuration names one number.
         object.__setattr__(self, "model", replace(self.model, vocab_size=self.tokenizer.vocab_size))
         _require(self.pretrain.row_tokens <= self.model.context,
@@ -207,6 +271,10 @@ def tiny() -> RunConfig:
         sft=SFTConfig(steps=30, batch_tokens=1024, examples=1000),
         reward=RewardConfig(epochs=1, k=4, groups_per_step=4, simulated_prompts=16),
         ppo=PPOConfig(steps=3, prompts=16, max_new_tokens=16, epochs=1),
+        dpo=DPOConfig(steps=3, pairs_per_step=4, prompts=16, samples=4),
+        rloo=GroupConfig(steps=3, prompts=4, max_new_tokens=16),
+        grpo=GroupConfig(advantage="grpo", steps=3, prompts=4, max_new_tokens=16),
+        reinforce=GroupConfig(advantage="reinforce", steps=3, prompts=4, max_new_tokens=16),
         eval=EvalConfig(prompts=16, best_of=2, shots=1),
     )
 

@@ -121,8 +121,13 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = peak * share
             part.step(scale=min(1.0, self.config.clip / (norm + 1e-6)))
-            part.zero_grad(set_to_none=True)
+        self.clear()
         return self.config.lr * share, norm
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> Dict[str, Tensor]:
         """Everything that a resumed run needs, as named tensors."""

@@ -2,7 +2,8 @@
 
 Beside the keys that `validate` asks for, the page shows, where report.json has them: preset, seed, xz_bpb.{source},
 samples.stages = [{family, prompt, responses: {model: text}, gold: {model: score}}], length.{model} (tokens),
-diversity.{model}.distinct_2, copied.{model}, reward.linear_pair_accuracy, ppo.gold_curve = [{kl, gold}], data[].slot,
+diversity.{model}.distinct_2, copied.{model}, reward.linear_pair_accuracy,
+reward.quality.{source} (evals/reward_quality.py), alignment.{model} = {kl, score, length, entropy}, ppo.gold_curve = [{kl, gold}], data[].slot,
 data[].documents, data[].epochs (how often pretraining read it), gold_by_family.{family}.{model}, and
 left_out = [reason].
 """
@@ -158,8 +159,7 @@ def machine_and_config(report: Mapping) -> str:
     """Seconds of each stage, the machine, and every resolved value of the configuration."""
     parts = []
     seconds = at(report, "seconds", {})
-    timed = [[stage, duration(seconds[stage])] for stage in (*STAGES, "total") if stage in seconds]
-    timed += [[stage, duration(seconds[stage])] for stage in seconds if stage not in (*STAGES, "total")]
+    timed = [[stage, duration(seconds[stage])] for stage in sorted(seconds, key=lambda stage: stage == "total")]
     peaks = at(report, "peak_mib", {})
     timed = [[stage, time, number(peaks[stage]) if peaks.get(stage) else ""] for stage, time in timed]
     shown = html_table("Time and memory of each stage", ["stage", "time", "MiB at most"], timed)

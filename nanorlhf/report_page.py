@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-MODELS = {"base": "Base", "base_prompted": "Prompted base", "sft": "SFT", "best_of_n": "Best of n", "ppo": "PPO"}
+MODELS = {"base": "Base", "base_prompted": "Prompted base", "sft": "SFT", "best_of_n": "Best of n", "dpo": "DPO", "rloo": "RLOO",
+          "grpo": "GRPO", "reinforce": "REINFORCE", "ppo": "PPO"}
 
 
 def text(value: object) -> str:

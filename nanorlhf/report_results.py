@@ -6,13 +6,13 @@ Each function takes the run's `report` (report.json) and whether charts are `dra
 from collections.abc import Mapping
 
 from nanorlhf.report_charts import Intervals, block
-from nanorlhf.report_page import MODELS, at, html_table, interval, missing, number, percent, section, text
+from nanorlhf.report_page import MODELS, at, duration, html_table, interval, missing, number, percent, section, text
 
 OPEN_EXAMPLES = 2  # examples of each family that are unfolded
 
 
 def comparison(report: dict, drawn: bool) -> str:
-    """Base, prompted base, SFT, best-of-n and PPO under the gold judge: the chart of Ouyang et al. 2022
+    """Base, prompted base, SFT, best-of-n, PPO and what is compared with it under the gold judge: the chart of Ouyang et al. 2022
     ("Training language models to follow instructions with human feedback", figure 1), on this run's prompts."""
     gold, rates, elo = (at(report, key, {}) for key in ("gold", "win_rate", "elo"))
     scores = _rows(gold, "mean")
@@ -86,6 +86,13 @@ def _summary(report: dict, gold: Mapping, rates: Mapping) -> str:
     ]
     if body:
         parts.append(html_table("Win-rates, a tie counting one half", ["", "won", "95 %", "prompts"], body))
+    aligned = at(report, "alignment", {})
+    keys = ("kl", "kl_exact", "score", "length", "entropy")
+    body = [[_name(model), *(number(at(row, key)) for key in keys), duration(at(report, f"seconds.{model}"))]
+            for model, row in aligned.items()]
+    if body:
+        head = ["model", "KL to SFT", "KL, whole vocabulary", "reward-model score", "tokens a response", "entropy", "time"]
+        parts.append(html_table("What each method cost: means of its last five rollouts, nats a response (DPO samples none)", head, body))
     by_family = at(report, "gold_by_family", {})
     if by_family:
         body = [

@@ -116,6 +116,12 @@ def reward_model(report: dict, rows: list[dict], drawn: bool) -> str:
         parts.append(html_table("Held-out pairs ranked as labelled", ["pairs from", "accuracy"], body))
     else:
         parts.append(missing("the reward model's accuracy on held-out pairs"))
+    quality = at(report, "reward.quality", {})
+    keys = ("calibration.error", "length.longer_wins", "length.model_prefers_longer", "length.accuracy_same_length")
+    body = [[source, *(percent(at(row, key)) for key in keys)] for source, row in quality.items()]
+    if body:
+        head = ["pairs from", "calibration error", "longer is labelled better", "model prefers longer", "accuracy at equal length"]
+        parts.append(html_table("Whether its probabilities hold, and what length alone explains", head, body))
     lead = (
         "Trained on pairs of which one response is better; chance is 50 %. "
         "Pairs called simulated were labelled by a rule with noise, all others by people."

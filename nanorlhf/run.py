@@ -1,4 +1,4 @@
-"""All stages in order: tokenizer → base → SFT → reward → PPO, then the comparison and the report.
+"""All stages in order: tokenizer → base → SFT → reward → what is compared with PPO → PPO, then the comparison and the report.
 
 A run's folder holds one folder a stage, complete when its ``stage.json`` is there (written last). A run that is
 started again skips the complete stages and takes the interrupted one up where its state was last saved.
@@ -14,7 +14,7 @@ from typing import Callable, get_type_hints
 
 import torch
 
-from . import comparison, stages
+from . import alignment, comparison, parallel
 from .checkpoint import FORMAT, StageState, write_json
 from .config import RunConfig
 from .data.corpus import Corpus
@@ -31,6 +31,7 @@ class Run:
         self.config, self.folder = config, Path(config.out)
         device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        parallel.start(self.device)
         backend.deterministic(config.deterministic)
         self.metrics = MetricsLog(self.folder)
         self.notify = notify
@@ -52,7 +53,7 @@ class Run:
     def log(self, row: dict) -> None:
         self.metrics.append(row)
         c = self.config
-        steps = {"pretrain": c.pretrain.steps, "sft": c.sft.steps, "ppo": c.ppo.steps}
+        steps = {name: getattr(c, name).steps for name in ("pretrain", "sft", "dpo", "rloo", "grpo", "reinforce", "ppo")}
         self.notify({"steps": steps.get(row["stage"]), **row})
 
     def state(self, stage: str) -> StageState:
@@ -158,7 +159,7 @@ def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] 
     current = open_run(config, resume, notify)
     try:
         pin_text(current)  # which reads it all, before the first stage's clock starts
-        for name, stage in stages.STAGES.items():
+        for name, stage in alignment.stages_of(current.config).items():
             if not current.done(name):
                 current.notify({"stage": name, "begin": True})
                 peak_memory(restart=True)

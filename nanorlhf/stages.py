@@ -1,14 +1,15 @@
 """What each stage of a run takes and leaves: the wiring between the text, the training loops and the folder."""
 
+import json
 from dataclasses import replace
 from typing import List
 
+import numpy as np
 import torch
 
 from . import chat as chat_format
-from . import metrics
 from .assistant import Assistant
-from .checkpoint import load_model, save_model
+from .checkpoint import StageState, load_model, save_model, write_json
 from .data.corpus import head
 from .data.films import labelled_reviews, review_groups, same_film_pairs
 from .data.instruct import FAVOURABLE, UNFAVOURABLE, Example, blend, film_prompt, film_questions, prompts, word_bounds
@@ -16,17 +17,18 @@ from .data.labeller import Labeller
 from .data.sentiment import Sentiment, pair_accuracy
 from .data.sources import document_bytes
 from .engine import SamplingConfig, generate
+from .evals import reward_quality as quality
 from .evals.bits import xz_bits_per_byte
 from .evals.compare import render_prompts
 from .evals.likelihood import document_bits, response_bits
 from .model import Model, compute_dtype
 from .tokenizer import Tokenizer
-from .train.ppo import Judge, ppo
 from .train.pretrain import pretrain
-from .train.reward import Ranking, normalise, score_all, train_reward
+from .train.reward import Ensemble, Ranking, normalise, train_reward
 from .train.reward import pair_accuracy as model_pair_accuracy
 from .train.sft import sft
 
+DONE = "score-mean.json"  # marks a member that is trained while others are not
 SAMPLE_PROMPTS = ("The ", "ROMEO\n", "def read(")  # the same at every point of pretraining
 
 
@@ -141,7 +143,8 @@ def sampled_rankings(run, model: Model, examples: List[Example], seed: int) -> L
             mine = every
         ranks = labeller.rank(example, [assistant.text(c).strip() for c in mine], seed)
         ended = [start + c.ids + ([] if c.finished else [assistant.end]) for c in mine]
-        rankings.append(Ranking("simulated", ended, list(ranks)))
+        clear = [labeller.utility(example, assistant.text(c).strip()) for c in mine]
+        rankings.append(Ranking("simulated", ended, list(ranks), clear))
     return [r for r in rankings if len(set(r.ranks)) > 1]
 
 
@@ -158,14 +161,68 @@ def reward_stage(run) -> None:
                   for e, part in enumerate(epochs)]
         linear = Sentiment().fit(*labelled_reviews(films.train))
         facts["linear_pair_accuracy"] = pair_accuracy(linear.log_odds, same_film_pairs(films.test, seed))
-    model = load_stage(run, "sft", scalar_head=True)
-    measure = lambda m: {name: model_pair_accuracy(m, rankings) for name, rankings in tests.items() if rankings}
-    train_reward(model, epochs, config.reward, seed, state, measure, run.log)
-    offset = normalise(model, [s for r in simulated or epochs[0] for s in r.sequences])
-    save_stage(run, "reward", model)
-    accuracy = measure(model)
-    run.complete("reward", state.seconds, pair_accuracy=accuracy, score_mean=offset,
+    every = [s for r in simulated or epochs[0] for s in r.sequences]
+    models = [reward_member(run, m, epochs, every, tests, state if not m else None) for m in range(config.reward.members)]
+    judge = Ensemble(*zip(*models), config.reward.member_score)
+    found = {name: reward_quality(judge, rankings) for name, rankings in tests.items() if rankings}
+    run.complete("reward", state.seconds, pair_accuracy={name: q["accuracy"] for name, q in found.items()}, quality=found,
+                 score_means=[offset for _, offset in models],
                  rankings={"films": len(epochs[0]) - len(simulated), "simulated": len(simulated)}, **facts)
+    for member in range(len(models)):
+        (run.folder / member_folder(member) / DONE).unlink()
+
+
+def member_folder(member: int) -> str:
+    return "reward" if not member else f"reward/member-{member}"
+
+
+def load_ensemble(run) -> Ensemble:
+    """The complete stage's models, whose scores have mean 0 on samples of SFT."""
+    means = run.facts("reward")["score_means"]
+    return Ensemble([load_stage(run, member_folder(m)) for m in range(len(means))], means, run.config.reward.member_score)
+
+
+def reward_member(run, member: int, epochs: List[List[Ranking]], samples: List[List[int]], tests: dict,
+                  state: StageState | None) -> tuple[Model, float]:
+    """One trained reward model of the ensemble, normalised on the samples, and what is to be subtracted of its scores. One that an
+    earlier sitting completed is read. state: the stage's, which the first member's training is saved in."""
+    config, seed = run.config.reward, run.config.seed + 1000 * member
+    folder = member_folder(member)
+    done = run.folder / folder / DONE
+    if done.is_file():
+        return load_stage(run, folder), json.loads(done.read_text())
+    stage = "reward" if not member else f"reward-{member}"
+    state = state or StageState(run.folder / folder / "state.safetensors")
+    model = load_stage(run, "sft", scalar_head=True)
+    if member:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=generator) / (model.config.hidden_size + 1) ** 0.5)
+    if config.normalise == "both":
+        normalise(model, samples)
+    measure = lambda m: {name: model_pair_accuracy(m, rankings) for name, rankings in tests.items() if rankings}
+    train_reward(model, epochs, config, seed, state, measure, run.log, stage)
+    offset = normalise(model, samples) if config.normalise != "none" else 0.0
+    save_stage(run, folder, model)
+    state.clear()
+    write_json(done, offset)
+    return model, offset
+
+
+def reward_quality(judge: Ensemble, rankings: List[Ranking]) -> dict:
+    """How far the scores of held-out rankings can be trusted: see evals/reward_quality.py."""
+    scores = judge([s for r in rankings for s in r.sequences]).double().numpy()
+    bounds = [0, *np.cumsum([len(r.ranks) for r in rankings]).tolist()]
+    better, worse = quality.pairs([rank for r in rankings for rank in r.ranks], bounds)
+    gap = scores[better] - scores[worse]
+    lengths = np.array([len(s) for r in rankings for s in r.sequences])
+    found = {"accuracy": quality.accuracy(gap), "pairs": len(gap), "calibration": quality.calibration(gap),
+             "length": quality.length_check(scores, lengths, better, worse)}
+    clear = [u for r in rankings for u in (r.utilities or [])]
+    if len(clear) == len(scores):  # the labeller tells how clear a pair is
+        sure = np.abs(np.array(clear)[better] - np.array(clear)[worse])
+        found["by_confidence"] = quality.accuracy_by(sure, gap)
+    return found
 
 
 def film_pairs(run, films, kind: str) -> List[Ranking]:
@@ -182,21 +239,4 @@ def film_pairs(run, films, kind: str) -> List[Ranking]:
     return rankings
 
 
-def ppo_stage(run) -> None:
-    state, config = run.state("ppo"), run.config
-    policy, ref = load_stage(run, "sft"), load_stage(run, "sft")
-    scorer, value = load_stage(run, "reward"), load_stage(run, "reward")
-    offset = run.facts("reward")["score_mean"]
-    end = run.tokenizer.special_tokens[chat_format.END]
-    judge = Judge(lambda sequences: score_all(scorer, sequences) - offset, end, offset)
-    room = config.model.context - config.ppo.max_new_tokens
-    asked = render_prompts(Assistant(policy, run.tokenizer),
-                           questions(run, False, config.ppo.distinct_prompts, config.seed + 1))
-    ppo(policy, ref, value, judge, [p for p in asked if len(p) < room], config.ppo, config.seed, state, run.log)
-    save_stage(run, "ppo", policy)
-    last = [row for row in metrics.read(run.folder) if row["stage"] == "ppo"][-5:]  # of all sittings of the stage
-    run.complete("ppo", state.seconds, **{key: sum(r[key] for r in last) / len(last)
-                                          for key in ("kl", "score", "length", "entropy") if last})
-
-
-STAGES = {"tokenizer": tokenizer_stage, "base": base_stage, "sft": sft_stage, "reward": reward_stage, "ppo": ppo_stage}
+STAGES = {"tokenizer": tokenizer_stage, "base": base_stage, "sft": sft_stage, "reward": reward_stage}

@@ -10,8 +10,9 @@ from nanorlhf.assistant import Assistant
 from nanorlhf.data.instruct import Example, few_shot
 from nanorlhf.engine import Completion
 from nanorlhf.engine.generate import ragged
+from nanorlhf.evals import best_of_n
 from nanorlhf.evals import compare as room
-from nanorlhf.evals.compare import (best_of_n, chat_answers, compare, complete_lines, fitting_document, mean_entropy,
+from nanorlhf.evals.compare import (best_answers, chat_answers, compare, complete_lines, fitting_document, mean_entropy,
                                     render_prompts)
 from tiny import byte_tokenizer, model
 
@@ -33,7 +34,8 @@ def scripted(monkeypatch, completions):
         asked.append({"prompts": prompts, "n": n, "stop": set(stop), "seed": seed})
         return completions
 
-    monkeypatch.setattr(room, "generate", generate)
+    for module in (room, best_of_n):
+        monkeypatch.setattr(module, "generate", generate)
     return asked
 
 
@@ -99,7 +101,7 @@ def test_best_of_n_takes_the_highest_score_among_the_answers_that_ended_themselv
         scored.extend(sequences)
         return torch.tensor([float(len(s)) for s in sequences])
 
-    answers = best_of_n(assistant(), EXAMPLES[:2], 3, score, 16, 1.0, 0)
+    answers = best_answers(assistant(), EXAMPLES[:2], 3, score, 16, 1.0, 0)
     assert answers.texts == ["aa", "d"] and answers.tokens == [3, 1] and asked[0]["n"] == 3
     prompts = asked[0]["prompts"]
     assert scored == [prompts[i // 3] + c.ids for i, c in enumerate(drawn)]  # with the end-of-turn token
@@ -117,10 +119,11 @@ def test_the_prompted_base_sees_as_many_whole_examples_as_fit():
 
 def test_every_system_answers_every_prompt_and_the_prompted_base_sees_examples():
     base, sft, ppo = assistant(1, context=256), assistant(2), assistant(3)
-    found = compare(base, sft, ppo, EXAMPLES, TRAIN, lambda s: torch.zeros(len(s)), 2, 2, 8, 1.0, seed=5)
+    systems = {"base": base, "sft": sft, "ppo": ppo}
+    found = compare(systems, EXAMPLES, TRAIN, lambda s: torch.zeros(len(s)), 2, 2, 8, 1.0, seed=5)
     assert list(found) == ["base", "base_prompted", "sft", "best_of_n", "ppo"]
     assert all(len(a.texts) == len(a.tokens) == 3 and max(a.tokens) <= 8 for a in found.values())
     shown = few_shot(EXAMPLES[0], TRAIN, 2, 5 * 1_000_003)
     assert shown.count("Response:") == 3 and shown.endswith("Instruction: Say sun.\nResponse:")
-    again = compare(base, sft, ppo, EXAMPLES, TRAIN, lambda s: torch.zeros(len(s)), 2, 2, 8, 1.0, seed=5)
+    again = compare(systems, EXAMPLES, TRAIN, lambda s: torch.zeros(len(s)), 2, 2, 8, 1.0, seed=5)
     assert {k: a.texts for k, a in again.items()} == {k: a.texts for k, a in found.items()}

@@ -9,7 +9,7 @@ from nanorlhf.comparison import SHOWN, answers, comparison, report
 from nanorlhf.evals.winrate import win_rate
 from nanorlhf.run import open_run
 
-SYSTEMS = ["base", "base_prompted", "sft", "best_of_n", "ppo"]
+SYSTEMS = ["base", "base_prompted", "sft", "best_of_n", "dpo", "rloo", "grpo", "ppo"]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,13 @@ def test_the_report_holds_the_means_of_the_answers(tiny_run, answered):
         low, high = tiny_run.report["gold"][name]["ci95"]
         assert low < np.mean(scores[name]) < high
         assert tiny_run.report["length"][name] == pytest.approx(np.mean(found[name].tokens))
-    assert tiny_run.report["win_rate"]["ppo_vs_sft"] == win_rate(scores["ppo"], scores["sft"])
-    assert tiny_run.report["win_rate"]["sft_vs_base_prompted"] == win_rate(scores["sft"], scores["base_prompted"])
+    duels = [("sft", "base_prompted"), *((name, "sft") for name in SYSTEMS[3:])]
+    assert list(tiny_run.report["win_rate"]) == [f"{one}_vs_{other}" for one, other in duels]
+    for one, other in duels:
+        row = tiny_run.report["win_rate"][f"{one}_vs_{other}"]
+        assert {key: row[key] for key in ("mean", "ci95", "n", "wins", "ties")} == win_rate(scores[one], scores[other])
+        assert row["difference"]["mean"] == pytest.approx(np.mean(scores[one]) - np.mean(scores[other]))
+        assert 0 <= row["length_controlled"]["mean"] <= 1
     assert set(tiny_run.report["elo"]) == set(SYSTEMS)
 
 
@@ -65,7 +70,8 @@ def test_some_prompts_are_shown_with_every_systems_answer(tiny_run, answered):
 
 def test_the_report_names_the_entropies_once_and_adds_the_seconds_up(tiny_run, opened):
     again = report(opened)
-    assert "entropy" not in again and set(again["ppo"]["entropy"]) == {"base", "sft", "ppo"}
+    assert "entropy" not in again and set(again["ppo"]["entropy"]) == {"base", "sft", "dpo", "rloo", "grpo", "ppo"}
+    assert set(again["alignment"]) == set(SYSTEMS[4:]) and again["alignment"]["rloo"]["length"] > 1
     parts = {k: v for k, v in again["seconds"].items() if k != "total"}
     assert again["seconds"]["total"] == pytest.approx(sum(parts.values()) + opened.seconds_elsewhere)
     assert again["data"] == tiny_run.report["data"] and again["gold"] == tiny_run.report["gold"]

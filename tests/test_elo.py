@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from nanorlhf.evals.elo import ELO_PER_NAT, bradley_terry, ratings
+from nanorlhf.evals.elo import ELO_PER_NAT, bradley_terry, davidson, ratings
 
 evalica = pytest.importorskip("evalica")
 
@@ -113,3 +113,45 @@ def test_intervals_cover_the_true_gap_about_95_times_in_100():
 def test_bad_input_gets_one_sentence(scores, message):
     with pytest.raises(ValueError, match=message):
         ratings(scores)
+
+
+def test_the_analytic_interval_of_two_models_is_the_deltas():
+    """Two models, no ties added: the strength is half the log-odds of the share p of wins, whose error is √(p(1−p)/(n−1)); by the
+    delta rule that of the rating is 400/ln 10 · that / (2 p (1 − p))."""
+    wins = np.array([1.0] * 70 + [0.0] * 30)
+    found = ratings({"a": wins, "b": 1 - wins}, resamples=0, prior_ties=0)["a"]
+    low, high = found["ci95_analytic"]
+    error = math.sqrt(0.7 * 0.3 / 99) / (2 * 0.7 * 0.3)
+    assert (high - low) / 2 == pytest.approx(1.959964 * ELO_PER_NAT * error, rel=1e-4)
+    assert found["rating"] == pytest.approx(1000 + ELO_PER_NAT * math.log(7 / 3) / 2) == (low + high) / 2
+
+
+def test_the_analytic_interval_agrees_with_the_bootstrap():
+    for row in ratings(made_up_scores(400), resamples=1000).values():
+        widths = [high - low for low, high in (row["ci95"], row["ci95_analytic"])]
+        assert widths[0] == pytest.approx(widths[1], rel=0.15)
+
+
+def test_davidsons_strengths_make_the_likelihood_stationary():
+    """From its own formula, eq. 2.1, by central differences in every strength and in ν."""
+    rng = np.random.default_rng(3)
+    wins, ties = rng.integers(1, 9, (3, 3)).astype(float), rng.integers(1, 6, (3, 3)).astype(float)
+    np.fill_diagonal(wins, 0)
+    ties = np.triu(ties, 1) + np.triu(ties, 1).T
+    strength, nu = davidson(wins, ties)
+
+    def likelihood(s, log_nu):
+        p, total = np.exp(s), 0.0
+        for i in range(3):
+            for j in range(i + 1, 3):
+                tie = np.exp(log_nu) * math.sqrt(p[i] * p[j])
+                whole = p[i] + p[j] + tie
+                total += wins[i, j] * math.log(p[i] / whole) + wins[j, i] * math.log(p[j] / whole) + ties[i, j] * math.log(tie / whole)
+        return total
+
+    for k in range(4):
+        step = np.eye(4)[k] * 1e-5
+        slope = (likelihood(strength + step[:3], math.log(nu) + step[3]) - likelihood(strength - step[:3], math.log(nu) - step[3])) / 2e-5
+        assert slope == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="davidson: expected at least one tie"):
+        davidson(wins, np.zeros((3, 3)))

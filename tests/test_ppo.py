@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from nanorlhf.config import PPOConfig
-from nanorlhf.engine import SamplingConfig, generate
-from nanorlhf.engine.generate import ragged
 from nanorlhf.optim import Optimizer
 from nanorlhf.train.loss import sum_by_sequence
-from nanorlhf.train.ppo import Judge, Rollout, episodes, ppo, roll_out, token_rewards, update
+from nanorlhf.train.ppo import Critic, ppo, token_rewards, update
+from nanorlhf.train.rollout import Judge, Rollout, roll_out
 from tiny import OPTIM, Killed, killed_at, model, random_sequences, same_weights, saving
 
 GOOD, ASK, END = 7, 20, 21
 SLOW = replace(OPTIM, lr=0.003, muon_lr=0.003)
 CONFIG = PPOConfig(steps=4, prompts=16, max_new_tokens=8, temperature=1.0, epochs=2, minibatches=2, kl_coef=0.05,
                    kl_target=6.0, kl_horizon=2000, missing_end_score=-1.0, optim=SLOW, value_optim=OPTIM)
+PLAIN = replace(CONFIG, kl_centred=False)
 PROMPTS = random_sequences(12, 6, seed=5)
 
 
@@ -37,14 +37,14 @@ def models(seed=0):
 
 def rollout_of(config=CONFIG, seed=3, loud=True):
     policy, ref, value = model(0, loud=loud), model(1, loud=loud), model(2, scalar_head=True)
-    return roll_out(policy, ref, value, JUDGE, PROMPTS, config, seed), (policy, ref, value)
+    return roll_out(policy, ref, Critic(value), JUDGE, PROMPTS, config, seed), (policy, ref, value)
 
 
 def made_rollout(logprobs, ref_logprobs, scores, cu_actions):
     """A rollout of which only what token_rewards reads is filled in."""
     nothing = torch.zeros(0)
     return Rollout(nothing, nothing, nothing, torch.tensor(cu_actions), torch.tensor(logprobs), torch.tensor(ref_logprobs),
-                   nothing, torch.tensor(scores), nothing, 0.0, 0.0)
+                   nothing, torch.tensor(scores), nothing, nothing, nothing, nothing)
 
 
 # --- rewards -------------------------------------------------------------------------------------------------------
@@ -53,75 +53,24 @@ def test_the_score_lands_on_the_last_action_and_the_kl_on_every_one():
     """Two episodes of 3 and 1 actions, β = 0.5. Log-ratios 1, −1, 0 | 2: penalties −0.5, 0.5, 0 | −1; scores 10 and 20
     are added to the third action and to the only one."""
     rollout = made_rollout([-1.0, -3.0, -2.0, -1.0], [-2.0, -2.0, -2.0, -3.0], [10.0, 20.0], [0, 3, 4])
-    assert token_rewards(rollout, 0.5, centred=False).tolist() == [-0.5, 0.5, 10.0, 19.0]
+    assert token_rewards(rollout, 0.5, PLAIN).tolist() == [-0.5, 0.5, 10.0, 19.0]
 
 
 def test_a_centred_penalty_charges_nothing_for_length():
     """The same, less the mean log-ratio 0.5: penalties −0.25, 0.75, 0.25 | −0.75. Where all log-ratios are equal, so that
     length is all that tells two episodes apart, nothing is left."""
     rollout = made_rollout([-1.0, -3.0, -2.0, -1.0], [-2.0, -2.0, -2.0, -3.0], [10.0, 20.0], [0, 3, 4])
-    assert token_rewards(rollout, 0.5, centred=True).tolist() == [-0.25, 0.75, 10.25, 19.25]
+    assert token_rewards(rollout, 0.5, CONFIG).tolist() == [-0.25, 0.75, 10.25, 19.25]
     even = made_rollout([-1.0] * 4, [-2.0] * 4, [3.0, 3.0], [0, 3, 4])
-    assert token_rewards(even, 0.5, centred=True).tolist() == [0.0, 0.0, 3.0, 3.0]
+    assert token_rewards(even, 0.5, CONFIG).tolist() == [0.0, 0.0, 3.0, 3.0]
 
 
 def test_an_episodes_rewards_sum_to_its_score_less_beta_times_its_kl():
     rollout, _ = rollout_of()
-    total = sum_by_sequence(token_rewards(rollout, 0.3, centred=False), rollout.cu_actions)
+    total = sum_by_sequence(token_rewards(rollout, 0.3, PLAIN), rollout.cu_actions)
     kl = sum_by_sequence(rollout.logprobs - rollout.ref_logprobs, rollout.cu_actions)
     assert kl.abs().max() > 0.1
     torch.testing.assert_close(total, rollout.scores - 0.3 * kl, atol=1e-4, rtol=1e-4)
-
-
-# --- rollouts ------------------------------------------------------------------------------------------------------
-
-def test_the_ids_that_were_sampled_are_the_ids_that_are_trained_on():
-    rollout, (policy, _, _) = rollout_of()
-    drawn = generate(policy, PROMPTS, 8, stop=[END], sampling=SamplingConfig(1.0), seed=3)
-    tokens, cu_seqlens = ragged([p + c.ids for p, c in zip(PROMPTS, drawn)])
-    assert torch.equal(rollout.tokens, tokens) and torch.equal(rollout.cu_seqlens, cu_seqlens)
-    assert rollout.tokens[rollout.where + 1].tolist() == [i for c in drawn for i in c.ids]
-    assert rollout.cu_actions.diff().tolist() == [len(c.ids) for c in drawn]
-    assert rollout.finished.tolist() == [c.ids[-1] == END for c in drawn]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_trainers_logprobs_are_the_samplers_and_values_belong_to_the_states_before_the_actions(temperature):
-    rollout, (policy, ref, value) = rollout_of(replace(CONFIG, temperature=temperature))
-    drawn = generate(policy, PROMPTS, 8, stop=[END], sampling=SamplingConfig(temperature), seed=3)
-    sampled = torch.tensor([x for c in drawn for x in c.logprobs])
-    torch.testing.assert_close(rollout.logprobs, sampled, atol=2e-5, rtol=0)
-    assert 0 <= rollout.sampler_gap == float((sampled - rollout.logprobs).abs().max()) < 2e-5
-    at = 0
-    for prompt, c in zip(PROMPTS, drawn):
-        for t, token in enumerate(c.ids):  # one state at a time
-            with torch.no_grad():
-                state, bounds = ragged([prompt + c.ids[:t]])
-                last = torch.tensor([len(state) - 1])
-                logits = ref(state, bounds)[-1] @ ref.head_weight.T / temperature
-                assert float(rollout.values[at]) == pytest.approx(float(value.scores(state, bounds, last)), abs=1e-4)
-                assert float(rollout.ref_logprobs[at]) == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-4)
-            at += 1
-    assert at == len(rollout.logprobs)
-
-
-def test_a_response_without_an_end_gets_the_missing_end_score_instead_of_its_own():
-    rollout, _ = rollout_of(replace(CONFIG, missing_end_score=-5.5), loud=False)
-    assert 0 < int(rollout.finished.sum()) < len(PROMPTS)  # both kinds are there
-    bounds = rollout.cu_seqlens.tolist()
-    own = score([rollout.tokens[a:b].tolist() for a, b in zip(bounds, bounds[1:])])
-    assert rollout.scores.tolist() == [float(s) if f else -5.5 for s, f in zip(own, rollout.finished)]
-
-
-def test_a_selection_of_episodes_is_their_batch_and_points_back_to_their_actions():
-    rollout, _ = rollout_of()
-    chosen = np.array([7, 0, 11])
-    tokens, cu_seqlens, where, index = episodes(rollout, chosen)
-    bounds = rollout.cu_seqlens.tolist()
-    expected, expected_cu = ragged([rollout.tokens[bounds[i]:bounds[i + 1]].tolist() for i in chosen])
-    assert torch.equal(tokens, expected) and torch.equal(cu_seqlens, expected_cu)
-    assert torch.equal(tokens[where + 1], rollout.tokens[rollout.where + 1][index])
-    assert len(index) == sum(int(rollout.cu_actions[i + 1] - rollout.cu_actions[i]) for i in chosen)
 
 
 # --- the start -----------------------------------------------------------------------------------------------------
@@ -131,7 +80,8 @@ def test_at_the_start_the_kl_is_exactly_zero_and_the_ratio_one_at_any_temperatur
     """The same weights, the same kernels, the same batch: not nearly equal but equal. The first minibatch is another
     batch of the same episodes, whose products a library may round otherwise."""
     config = replace(CONFIG, steps=1, temperature=temperature)
-    rollout = roll_out(*models(), JUDGE, PROMPTS, config, 0)
+    policy, ref, value = models()
+    rollout = roll_out(policy, ref, Critic(value), JUDGE, PROMPTS, config, 0)
     assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
     rows = []
     ppo(*models(), JUDGE, PROMPTS, config, 0, saving(tmp_path), rows.append)
@@ -144,9 +94,9 @@ def test_the_first_policy_loss_is_minus_the_mean_whitened_advantage_which_is_zer
     """At ratio 1 nothing is clipped, and the loss over the whole batch is −mean(A) = 0."""
     policy, ref, value = models()
     config = replace(CONFIG, epochs=1, minibatches=1)
-    rollout = roll_out(policy, ref, value, JUDGE, PROMPTS, config, 0)
+    rollout = roll_out(policy, ref, Critic(value), JUDGE, PROMPTS, config, 0)
     optimizers = Optimizer(policy, config.optim, 1), Optimizer(value, config.value_optim, 1)
-    row = update(policy, value, optimizers, rollout, 0.05, 0.0, config, 0, 0)
+    row = update(policy, Critic(value), optimizers, rollout, 0.05, config, 0, 0)
     assert row["policy_loss"] == pytest.approx(0, abs=1e-4) and row["clip_fraction"] == 0
     assert row["grad_norm"] > 1e-3
 
@@ -221,3 +171,25 @@ def test_a_killed_training_goes_on_bit_for_bit_with_its_value_model_and_its_coef
     resumed = train(tmp_path / "cut", again.append, seed=9)
     assert all(same_weights(a, b) for a, b in zip(expected, resumed))
     assert again == rows and len({row["kl_coef"] for row in rows}) == 4
+
+
+# --- variants ------------------------------------------------------------------------------------------------------
+
+def test_whitened_rewards_keep_their_mean():
+    """Rewards 0, 0, 10 | 20 have mean 7.5 and deviation √68.75."""
+    rollout = made_rollout([-1.0] * 4, [-1.0] * 4, [10.0, 20.0], [0, 3, 4])
+    found = token_rewards(rollout, 0.5, replace(PLAIN, whiten_rewards=True))
+    assert found.tolist() == pytest.approx([7.5 + (x - 7.5) / 68.75**0.5 for x in (0, 0, 10, 20)], rel=1e-5)
+
+
+def test_with_the_kl_in_the_loss_the_rewards_are_the_scores_alone():
+    rollout = made_rollout([-1.0, -3.0, -2.0, -1.0], [-2.0] * 4, [10.0, 20.0], [0, 3, 4])
+    assert token_rewards(rollout, 0.5, replace(CONFIG, kl_in="loss")).tolist() == [0.0, 0.0, 10.0, 20.0]
+
+
+@pytest.mark.parametrize("changes", [dict(kl_in="loss"), dict(kl_in="loss", kl_loss="k3"), dict(whiten_advantages="minibatch"),
+                                     dict(value_init="zero"), dict(importance_cap=2.0, top_k=5)])
+def test_every_variant_learns(tmp_path, changes):
+    rows = []
+    learn(tmp_path, rows=rows, **changes)
+    assert np.mean([r["score"] for r in rows[-3:]]) > np.mean([r["score"] for r in rows[:3]]) + 0.5

@@ -29,7 +29,10 @@ def made_up_report() -> dict:
         "pretrain": {"bpb": {"prose": 1.9, "code": 1.5, "plays": 2.6}, "tokens_per_s": 12345.6},
         "xz_bpb": {"prose": 2.3, "code": 1.6, "plays": 2.5},
         "sft": {"response_bpb": {"base": 2.4, "sft": 1.7}},
-        "reward": {"pair_accuracy": {"film reviews": 0.801, "simulated": 0.74}, "linear_pair_accuracy": 0.79},
+        "reward": {"pair_accuracy": {"film reviews": 0.801, "simulated": 0.74}, "linear_pair_accuracy": 0.79,
+                   "quality": {"film reviews": {"calibration": {"error": 0.0431}, "length": {"longer_wins": 0.512, "model_prefers_longer": 0.634,
+                                                                                     "accuracy_same_length": None}}}},
+        "alignment": {"dpo": {}, "ppo": {"kl": 6.25, "kl_exact": 5.75, "score": 1.75, "length": 21.0, "entropy": 1.5}},
         "ppo": {"kl": 6.25, "entropy": {"base": 3.1, "sft": 2.0, "ppo": 1.5}},
         "gold": {m: winrate.mean_ci95(values) for m, values in scores.items()},
         "win_rate": {
@@ -184,6 +187,7 @@ def test_the_figures_of_the_run_are_on_the_page(page):
         "it fell from 2 to 1.5 nats a token (-25 %)", "from 2.4 to 1.7 bits per byte",
         "PPO answers are 115.0 % as long", "SFT over Prompted base", "PPO over SFT", "Best of n", "logistic regression",
         "Mean gold score by family", "plays: no network & no cache", "CC BY-SA 4.0", "n_layer", "[0.9, 0.95]",
+        "What each method cost", "5.75", "Whether its probabilities hold", "4.3 %", "63.4 %",
         "initialisation", "step 80, 327,680 tokens", "film reviews", "2 more",
     ]:  # fmt: skip
         assert figure in words, figure

@@ -1,11 +1,16 @@
 """train/reward.py: scores that do not depend on company, rankings that are learnt, scores normalised."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from nanorlhf.config import RewardConfig
-from nanorlhf.train.reward import Ranking, group_bounds, normalise, pair_accuracy, score_all, score_sequences, train_reward
+from nanorlhf.evals import reward_quality as quality
+from nanorlhf.train.reward import (Ensemble, Ranking, group_bounds, normalise, pair_accuracy, ranking_loss, score_all, score_sequences,
+                                   train_reward)
 from tiny import OPTIM, Killed, killed_at, model, random_sequences, same_weights, saving
 
 GOOD, END = 7, 21
@@ -118,3 +123,53 @@ def test_equal_scores_are_not_divided_by_zero():
 def test_nothing_to_normalise_on_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match="normalise: expected at least one sequence, got none"):
         normalise(model(scalar_head=True), [])
+
+
+# --- kinds of loss, ensembles, quality --------------------------------------------------------------------------------
+
+def test_the_kinds_of_ranking_loss_by_hand():
+    """Scores 1, 0 | 2, 1, 0 with ranks 0, 1 | 0, 1, 2: gaps 1 | 1, 2, 1. f(x) = ln(1 + e^−x). kwise: the mean of f(1) and of
+    (2 f(1) + f(2)) / 3; pairwise: (3 f(1) + f(2)) / 4; with margins of ½ a rank, gaps ½ | ½, 1, ½."""
+    scores, ranks = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0]), torch.tensor([0, 1, 0, 1, 2])
+    f = lambda x: float(np.log(1 + np.exp(-x)))
+    loss = lambda **changes: float(ranking_loss(scores, ranks, torch.tensor([0, 2, 5]), replace(CONFIG, **changes))[0])
+    assert loss() == pytest.approx((f(1) + (2 * f(1) + f(2)) / 3) / 2)
+    assert loss(loss="pairwise") == pytest.approx((3 * f(1) + f(2)) / 4)
+    assert loss(loss="pairwise", margin=0.5) == pytest.approx((3 * f(0.5) + f(1)) / 4)
+    assert loss(margin=0.5) == pytest.approx((f(0.5) + (2 * f(0.5) + f(1)) / 3) / 2)
+    assert loss(margin=1e-9) == pytest.approx(loss(), abs=1e-6)  # the two ways to the same loss
+    with pytest.raises(ValueError, match="no group holds two completions of different rank"):
+        ranking_loss(scores[:2], torch.tensor([1, 1]), torch.tensor([0, 2]), replace(CONFIG, loss="pairwise"))
+
+
+def test_an_ensemble_takes_the_mean_or_the_least_of_its_members():
+    nets, sequences = [model(i, scalar_head=True) for i in range(3)], random_sequences(7, 8)
+    each = torch.stack([score_all(net, sequences) - offset for net, offset in zip(nets, (0.5, -1.0, 0.0))])
+    torch.testing.assert_close(Ensemble(nets, (0.5, -1.0, 0.0))(sequences), each.mean(0))
+    torch.testing.assert_close(Ensemble(nets, (0.5, -1.0, 0.0), "min")(sequences), each.min(0).values)
+
+
+def test_the_calibration_error_by_hand():
+    """Gaps ±ln 3: the model is three to one sure, so ¾, and right in 2 of 4: error ¼. Right in 3 of 4 there is none."""
+    gap = math.log(3)
+    assert quality.calibration([gap, gap, -gap, -gap])["error"] == pytest.approx(0.25)
+    assert quality.calibration([gap, gap, gap, -gap])["error"] == pytest.approx(0)
+    with pytest.raises(ValueError, match="calibration: expected at least one pair, got none"):
+        quality.calibration([])
+
+
+def test_what_length_explains_by_hand():
+    """Scores equal to lengths: the model always prefers the longer one. Of three pairs two have the longer one labelled better;
+    pair (20, 19) is within a tenth."""
+    lengths = [10, 5, 20, 19, 3, 8]
+    better, worse = np.array([0, 2, 4]), np.array([1, 3, 5])
+    found = quality.length_check([float(x) for x in lengths], lengths, better, worse)
+    assert found["longer_wins"] == pytest.approx(2 / 3) and found["model_prefers_longer"] == 1.0
+    assert found["correlation"] == pytest.approx(1.0) and found["accuracy_same_length"] == 1.0
+
+
+def test_accuracy_by_confidence_by_hand():
+    rows = quality.accuracy_by([1, 2, 3, 4, 5, 6], [-1, 1, -1, 1, 1, 1], bins=3)
+    assert [(r["from"], r["to"], r["n"], r["accuracy"]) for r in rows] == [(1, 2, 2, 0.5), (3, 4, 2, 0.5), (5, 6, 2, 1.0)]
+    with pytest.raises(ValueError, match="expected a confidence for each of 2 pairs, got 1"):
+        quality.accuracy_by([1.0], [1.0, 2.0])

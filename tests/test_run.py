@@ -10,12 +10,14 @@ import pytest
 
 from nanorlhf import metrics, stages
 from nanorlhf import run as room
+from nanorlhf.alignment import stages_of
 from nanorlhf.checkpoint import StageState
 from nanorlhf.config import PRESETS, RunConfig, preset
 from nanorlhf.report import validate
 from nanorlhf.run import from_dict, machine, open_run, peak_memory, run
 
-STAGES = ["tokenizer", "base", "sft", "reward", "ppo"]
+STAGES = ["tokenizer", "base", "sft", "reward", "dpo", "rloo", "grpo", "ppo"]
+NAMES = {"pretrain" if stage == "base" else stage for stage in STAGES}  # in the report
 
 
 def copied(tiny_run, folder, without=()):
@@ -58,7 +60,7 @@ def test_the_total_is_the_wall_clock_up_to_the_writing_of_the_report(tiny_run):
     """The stages, each with the measurements at its end, fill the time to the beginning of the comparison."""
     seconds = dict(tiny_run.report["seconds"])
     total, comparison = seconds.pop("total"), seconds["comparison"]
-    assert set(seconds) == {"tokenizer", "pretrain", "sft", "reward", "ppo", "comparison"}
+    assert set(seconds) == {*NAMES, "comparison"}
     assert tiny_run.notes[-1] == {"stage": "comparison", "begin": True}
     assert total == pytest.approx(tiny_run.times[-1] + comparison, rel=0.03, abs=0.2)
     assert sum(seconds.values()) <= total
@@ -67,7 +69,7 @@ def test_the_total_is_the_wall_clock_up_to_the_writing_of_the_report(tiny_run):
 def test_the_report_has_the_memory_of_each_stage(tiny_run):
     """A Python with torch holds a few hundred MiB; the tiny model adds little. The count starts again with each stage."""
     peaks = tiny_run.report["peak_mib"]
-    assert set(peaks) == {"tokenizer", "pretrain", "sft", "reward", "ppo"}
+    assert set(peaks) == NAMES
     assert all(50 < mib < 8000 for mib in peaks.values())
     before = peak_memory(restart=True)
     with mmap.mmap(-1, 300 << 20) as held:
@@ -111,19 +113,20 @@ class Kill:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stage, step", [("base", 9), ("sft", 7), ("reward", 2), ("ppo", 3)])
+@pytest.mark.parametrize("stage, step", [("base", 9), ("sft", 7), ("reward", 2), ("dpo", 2), ("rloo", 2), ("grpo", 3), ("ppo", 3)])
 def test_a_stage_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(tiny_run, tmp_path, monkeypatch, stage, step):
     """The stage's folder is taken away and made again with a kill in between. State is saved at every step, and the
     kill comes after the step's row is logged and before its state is saved."""
     config = copied(tiny_run, tmp_path / "run", [stage])
+    trained = stages_of(config)
     monkeypatch.setattr(room, "StageState", lambda path: StageState(path, every=0.0))
     name = "pretrain" if stage == "base" else stage
     with pytest.raises(KeyboardInterrupt):
-        stages.STAGES[stage](open_run(config, resume=True, notify=Kill(name, step)))
+        trained[stage](open_run(config, resume=True, notify=Kill(name, step)))
     again = open_run(config, resume=True)
     assert not again.done(stage)
     assert StageState(tmp_path / "run" / stage / "state.safetensors").saved_step() == step - 1
-    stages.STAGES[stage](again)
+    trained[stage](again)
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "run" / stage / file).read_bytes() == (tiny_run.folder / stage / file).read_bytes(), file
     assert facts(tmp_path / "run", stage) == facts(tiny_run.folder, stage)

@@ -49,7 +49,7 @@ def turns(ids):
 
 
 def test_every_stage_starts_from_the_folder_of_the_one_before(tmp_path):
-    assert list(stages.STAGES) == ["tokenizer", "base", "sft", "reward", "ppo"]
+    assert list(stages.STAGES) == ["tokenizer", "base", "sft", "reward"]
     run, net = made_run(tmp_path), model(3, vocab_size=TOK.vocab_size)
     stages.save_stage(run, "sft", net)
     again = stages.load_stage(run, "sft", scalar_head=True)
@@ -147,10 +147,13 @@ def test_the_reward_stage_leaves_scores_that_are_normalised_on_the_sft_models_sa
     scorer, policy = stages.load_stage(opened, "reward"), stages.load_stage(opened, "sft")
     asked = stages.questions(opened, False, config.reward.simulated_prompts, config.seed)
     simulated = stages.sampled_rankings(opened, policy, asked, config.seed)
-    scores = score_all(scorer, [s for r in simulated for s in r.sequences]) - found["score_mean"]
+    scores = score_all(scorer, [s for r in simulated for s in r.sequences]) - found["score_means"][0]
     assert found["rankings"] == {"films": 0, "simulated": len(simulated)}
     assert float(scores.mean()) == pytest.approx(0, abs=1e-3) and float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-3)
     assert math.isfinite(found["pair_accuracy"]["simulated"])
+    quality = found["quality"]["simulated"]
+    assert quality["accuracy"] == pytest.approx(found["pair_accuracy"]["simulated"]) and 0 <= quality["calibration"]["error"] <= 0.5
+    assert sum(row["n"] for row in quality["by_confidence"]) == quality["pairs"]
 
 
 def test_ppo_leaves_a_policy_that_has_moved_and_no_scalar_head(tiny_run):

@@ -183,6 +183,13 @@ def test_equal_numbers_whiten_to_zero():
     assert whiten(tensor(3, 3, 3)).tolist() == [0, 0, 0] and whiten(tensor(3)).tolist() == [0]
 
 
+def test_rewards_are_scaled_and_not_moved():
+    """Ziegler's code keeps the mean of rewards: the published example, 1.2 … 2.0, gives .0508 … 3.1492."""
+    published = [0.0508, 0.4381, 0.8254, 1.2127, 1.6, 1.9873, 2.3746, 2.7619, 3.1492]
+    assert whiten(tensor(1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0), shift_mean=False).tolist() == pytest.approx(published, abs=5e-5)
+    assert whiten(tensor(3, 3), shift_mean=False).tolist() == [3, 3]
+
+
 # --- policy_loss and value_loss ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient, clipped", [

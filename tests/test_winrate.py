@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from nanorlhf.evals.winrate import Z95, mean_ci95, wilson_interval, win_rate
+from nanorlhf.evals.winrate import Z95, difference, length_controlled, mean_ci95, wilson_interval, win_rate
 
 
 def test_mean_and_interval_of_a_sample_worked_by_hand():
@@ -66,3 +66,34 @@ def test_intervals_cover_the_truth_about_95_times_in_100(tie):
 def test_bad_input_gets_one_sentence(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_paired_difference_by_hand():
+    """Differences 1, 2, 3, 6: mean 3, s² = (4 + 1 + 0 + 9) / 3."""
+    found = difference([1, 2, 3, 6], [0, 0, 0, 0])
+    half = Z95 * math.sqrt(14 / 3 / 4)
+    assert found["mean"] == 3 and found["ci95"] == pytest.approx([3 - half, 3 + half])
+    shared = np.random.default_rng(0).normal(size=50) * 100  # what varies for both alike falls out
+    assert np.diff(difference(shared + 1, shared)["ci95"])[0] < 1e-9
+
+
+def test_wins_that_length_explains_are_even_at_equal_length():
+    """Wins are drawn with log-odds 2 tanh(gap / deviation) and nothing else: the plain win-rate is far from even where most gaps are
+    positive, that at equal length is not; with a true advantage of 1 in log-odds it is near σ(1)."""
+    rng = np.random.default_rng(1)
+    gap = rng.normal(6, 8, 4000)
+    for advantage in (0.0, 1.0):
+        chance = 1 / (1 + np.exp(-(advantage + 2 * np.tanh(gap / gap.std()))))
+        won = (rng.random(4000) < chance).astype(float)
+        plain, found = win_rate(won, 1 - won), length_controlled(won, 1 - won, 50 + gap, np.full(4000, 50.0))
+        assert plain["mean"] > 0.65 and found["slope"] == pytest.approx(2, abs=0.2)
+        low, high = found["ci95"]
+        assert low - 0.02 < 1 / (1 + math.exp(-advantage)) < high + 0.02 and high - low < 0.08
+
+
+def test_the_regression_without_a_difference_of_length_is_the_win_rate():
+    won = np.array([1.0] * 7 + [0.0] * 3)
+    found = length_controlled(won, 1 - won, [5] * 10, [5] * 10)
+    assert found["mean"] == pytest.approx(0.7, abs=1e-5) and found["slope"] == 0
+    with pytest.raises(ValueError, match="expected a length for each of 10 answers, got 2"):
+        length_controlled(won, 1 - won, [1, 2], [1, 2])

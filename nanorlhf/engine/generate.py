@@ -38,12 +38,12 @@ def ragged(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu
 @ops.weights_held()
 def generate(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, n: int = 1, stop: Sequence[int] = (),
              sampling: SamplingConfig = SamplingConfig(), seed: int = 0, batch: int = 384,
-             on_token: Optional[Callable[[int, int], None]] = None) -> List[Completion]:
+             on_token: Optional[Callable[[int, int], None]] = None, first_request: int = 0) -> List[Completion]:
     """n continuations of each prompt, in order: those of prompt i are at [i*n, (i+1)*n).
 
     max_new_tokens: most tokens sampled for one; it is cut where the model's context ends. stop: ids that end a
-    continuation (the id is kept). seed: request i draws from stream (seed, i) whatever the batch. batch: most
-    sequences decoded together. on_token(request, id) is called for each token as it is drawn.
+    continuation (the id is kept). seed: request i draws from stream (seed, first_request + i) whatever the batch. batch:
+    most sequences decoded together. on_token(request, id) is called for each token as it is drawn.
 
     Errors: ValueError for an empty prompt, or one that leaves no room in the context.
     """
@@ -58,12 +58,12 @@ def generate(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int
     size = max(1, batch // n)
     for first in range(0, len(prompts), size):
         _decode(model, prompts[first:first + size], first * n, results, max_new_tokens, n, set(stop), sampling, seed,
-                on_token)
+                on_token, first_request)
     return results
 
 
 def _decode(model: Model, prompts, first: int, results: List[Completion], max_new_tokens: int, n: int, stop: set,
-            sampling: SamplingConfig, seed: int, on_token) -> None:
+            sampling: SamplingConfig, seed: int, on_token, stream: int) -> None:
     """Decode the requests of these prompts; the first of them is request ``first``."""
     tokens, cu_seqlens = ragged(prompts, model.device)
     room = [min(max_new_tokens, model.config.context - len(p)) for p in prompts for _ in range(n)]
@@ -79,7 +79,7 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
     weight = weight if fixed else weight.float()
     for step in range(max_new_tokens):
         logits = ops.matmul(hidden, weight, dtype=torch.float32) if fixed else hidden.float() @ weight.T
-        drawn, logprobs, _ = ops.sample(logits, seed, requests + first, torch.full_like(requests, step),
+        drawn, logprobs, _ = ops.sample(logits, seed, requests + first + stream, torch.full_like(requests, step),
                                         sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         if policy:  # to the last bit what training will find
             logprobs = ops.token_logprobs(hidden, model.head_weight, drawn, sampling.temperature)[0]

@@ -11,6 +11,7 @@ from ..assistant import Assistant
 from ..data.instruct import Example, few_shot
 from ..engine import Completion, SamplingConfig, generate
 from ..engine.generate import ragged
+from .best_of_n import best_of_n
 
 
 @dataclass
@@ -63,14 +64,9 @@ def chat_answers(assistant: Assistant, examples: Sequence[Example], max_new_toke
                    mean_entropy(assistant, prompts, drawn, temperature))
 
 
-def best_of_n(assistant: Assistant, examples: Sequence[Example], n: int, score: Callable[[List[List[int]]], torch.Tensor],
-              max_new_tokens: int, temperature: float, seed: int) -> Answers:
-    """Of n samples, the one that the reward model scores highest; one that did not end itself is taken last."""
-    prompts = render_prompts(assistant, examples)
-    drawn = generate(assistant.model, prompts, max_new_tokens, n, [assistant.end], SamplingConfig(temperature), seed)
-    scores = score([prompts[i // n] + c.ids for i, c in enumerate(drawn)])
-    scores = scores.where(torch.tensor([c.finished for c in drawn]), torch.tensor(-torch.inf)).view(-1, n)
-    best = [drawn[i * n + int(k)] for i, k in enumerate(scores.argmax(1))]
+def best_answers(assistant: Assistant, examples: Sequence[Example], n: int, score: Callable[[List[List[int]]], torch.Tensor],
+                 max_new_tokens: int, temperature: float, seed: int) -> Answers:
+    best = best_of_n(assistant.model, render_prompts(assistant, examples), n, score, assistant.end, max_new_tokens, temperature, seed)
     return Answers([assistant.text(c).strip() for c in best], [len(c.ids) for c in best])
 
 
@@ -84,21 +80,23 @@ def fitting_document(base: Assistant, example: Example, pool: Sequence[Example],
     return few_shot(example, pool, 0, seed)
 
 
-def compare(base: Assistant, sft: Assistant, ppo: Assistant, examples: Sequence[Example], train: Sequence[Example],
+def compare(systems: Dict[str, Assistant], examples: Sequence[Example], train: Sequence[Example],
             score: Callable[[List[List[int]]], torch.Tensor], best_of: int, shots: int, max_new_tokens: int,
             temperature: float, seed: int) -> Dict[str, Answers]:
-    """Every system's answers to ``examples``. The prompted base sees ``shots`` solved examples of the same family, or as
-    many as its context has room for beside the answer."""
+    """Every system's answers to ``examples``: "base", "sft" and whatever was trained from it. The prompted base sees ``shots``
+    solved examples of the same family, or as many as its context has room for beside the answer."""
     families = {e.family: [] for e in examples}
     for e in train:
         families.get(e.family, []).append(e)
+    base = systems["base"]
     room = base.model.config.context - max_new_tokens - 1
     documents = [fitting_document(base, e, families[e.family], shots, seed * 1_000_003 + i, room)
                  for i, e in enumerate(examples)]
-    return {
+    drawn = {
         "base": complete_lines(base, [e.prompt + "\n" for e in examples], max_new_tokens, temperature, seed),
         "base_prompted": complete_lines(base, documents, max_new_tokens, temperature, seed + 1),
-        "sft": chat_answers(sft, examples, max_new_tokens, temperature, seed + 2),
-        "best_of_n": best_of_n(sft, examples, best_of, score, max_new_tokens, temperature, seed + 3),
-        "ppo": chat_answers(ppo, examples, max_new_tokens, temperature, seed + 4),
+        "sft": chat_answers(systems["sft"], examples, max_new_tokens, temperature, seed + 2),
+        "best_of_n": best_answers(systems["sft"], examples, best_of, score, max_new_tokens, temperature, seed + 3),
     }
+    tuned = [name for name in systems if name not in drawn]
+    return {**drawn, **{name: chat_answers(systems[name], examples, max_new_tokens, temperature, seed + 4) for name in tuned}}

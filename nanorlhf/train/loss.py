@@ -39,13 +39,28 @@ def kwise_loss(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor
     return torch.stack(losses).mean(), torch.tensor(right / pairs)
 
 
-def whiten(x: Tensor) -> Tensor:
-    """(x − mean) / sqrt(population variance + 1e-8).
+def pairwise_loss(better: Tensor, worse: Tensor, margins: Tensor | float = 0.0) -> Tensor:
+    """(P,): −log σ(s_better − s_worse − margin) of P pairs of scores, each (P,); margins (P,) or one number, in units of score.
 
-    >>> whiten(torch.tensor([1.0, 3.0])).tolist()
-    [-1.0, 1.0]
+    Source: Touvron et al. 2023 (Llama 2) eq. 2; without margins it is Bradley-Terry. Errors: ValueError for other shapes.
+
+    >>> [round(x, 4) for x in pairwise_loss(torch.tensor([2.0, 2.0]), torch.zeros(2), torch.tensor([0.0, 2.0])).tolist()]
+    [0.1269, 0.6931]
     """
-    return (x - x.mean()) * torch.rsqrt(x.var(unbiased=False) + 1e-8)
+    if better.shape != worse.shape:
+        raise ValueError(f"pairwise_loss: expected as many better scores as worse ones, got {len(better)} and {len(worse)}")
+    return -torch.nn.functional.logsigmoid(better - worse - margins)
+
+
+def whiten(x: Tensor, shift_mean: bool = True) -> Tensor:
+    """(x − mean) / sqrt(population variance + 1e-8), any shape; with ``shift_mean`` off the mean is added again: rewards may be
+    scaled, but not moved (Ziegler et al. 2019, code).
+
+    >>> whiten(torch.tensor([1.0, 3.0])).tolist(), whiten(torch.tensor([1.0, 3.0]), shift_mean=False).tolist()
+    ([-1.0, 1.0], [1.0, 3.0])
+    """
+    out = (x - x.mean()) * torch.rsqrt(x.var(unbiased=False) + 1e-8)
+    return out if shift_mean else out + x.mean()
 
 
 def sum_by_sequence(x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -63,7 +78,7 @@ def sum_by_sequence(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 class AdaptiveKL:
     """The KL coefficient β, moved so that the KL of a response stays near ``target`` nats.
 
-    β ← β · (1 + clip(KL/target − 1, ±0.2) · episodes/horizon). Source: Ziegler et al. 2019 §2.2.
+    β ← β · (1 + clip(KL/target − 1, ±0.2) · episodes/horizon); a target of 0 leaves it alone. Source: Ziegler et al. 2019 §2.2.
 
     >>> controller = AdaptiveKL(0.1, target=6.0, horizon=100)
     >>> controller.update(12.0, 50)
@@ -76,5 +91,121 @@ class AdaptiveKL:
     horizon: float
 
     def update(self, kl: float, episodes: int) -> None:
+        if not self.target:
+            return
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.beta *= 1 + error * episodes / self.horizon
+
+
+def full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, temperature: float = 1.0) -> Tensor:
+    """(M,) float32, nats: KL(policy ‖ reference) at every state, summed over the whole vocabulary: nothing in it is sampled.
+
+    hidden, ref_hidden (M, C) and (M, C'), weight (V, C), ref_weight (V, C'); logits are divided by the temperature. Some states
+    at a time, so that the memory is that of 2048 rows of logits.
+
+    >>> even, sure = torch.zeros(1, 2), torch.tensor([[1.0986, 0.0]])  # chances ½, ½ and ¾, ¼
+    >>> round(float(full_kl(even, torch.eye(2), sure, torch.eye(2))), 3)  # ½ ln(½ / ¾) + ½ ln(½ / ¼)
+    0.144
+    """
+    parts = []
+    for at in range(0, len(hidden), 2048):
+        p, q = ((h[at:at + 2048].float() @ w.float().T / temperature).log_softmax(-1)
+                for h, w in ((hidden, weight), (ref_hidden, ref_weight)))
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts) if parts else torch.zeros(0, device=hidden.device)
+
+
+def kl_loss(logprobs: Tensor, ref: Tensor, kind: str) -> Tensor:
+    """(M,): an estimate of KL(policy ‖ reference) at each sampled action, k = log π − log π_ref, both (M,), in nats.
+
+    As a number, "k1" is k and "k3" e^−k − 1 + k, both without bias, and "k2" k²/2, with some. As a loss on the policy's own
+    samples, what counts is the expected gradient: k1's is 0 whatever the policy (E ∇log π = 0), k2's is that of the KL itself,
+    E k ∇log π, and k3's, E (1 − π_ref/π) ∇log π, that of the forward KL(reference ‖ policy). Source: Schulman 2020, "Approximating
+    KL divergence"; Shao et al. 2024 (GRPO) eq. 4 has k3. Errors: ValueError for another kind.
+
+    >>> [round(float(kl_loss(torch.tensor([-1.0]), torch.tensor([-1.5]), k)), 4) for k in ("k1", "k2", "k3")]
+    [0.5, 0.125, 0.1065]
+    """
+    gap = logprobs - ref
+    if kind == "k1":
+        return gap
+    if kind == "k2":
+        return 0.5 * gap**2
+    if kind == "k3":
+        return (-gap).expm1() + gap
+    raise ValueError(f"kl_loss: unknown estimator {kind!r}; there are k1, k2 and k3")
+
+
+def _groups(name: str, rewards: Tensor, samples: int) -> Tensor:
+    """(G, samples) of (G·samples,); ValueError for a group that cannot be compared with itself."""
+    if samples < 2:
+        raise ValueError(f"{name}: a group needs at least 2 samples to compare, got {samples}")
+    if len(rewards) % samples:
+        raise ValueError(f"{name}: {len(rewards)} rewards are no whole number of groups of {samples}")
+    return rewards.view(-1, samples)
+
+
+def rloo_advantages(rewards: Tensor, samples: int) -> Tensor:
+    """rewards (G·samples,), group by group → the same shape: each reward less the mean of the others of its group.
+
+    Source: Ahmadian et al. 2024 (RLOO) eq. 8. Errors: ValueError for a group of one.
+
+    >>> rloo_advantages(torch.tensor([1.0, 2.0, 6.0]), 3).tolist()
+    [-3.0, -1.5, 4.5]
+    """
+    r = _groups("rloo", rewards, samples)
+    return (r - (r.sum(1, keepdim=True) - r) / (samples - 1)).flatten()
+
+
+def grpo_advantages(rewards: Tensor, samples: int, std_norm: bool = True) -> Tensor:
+    """rewards (G·samples,), group by group → the same shape: each reward less its group's mean, over the group's deviation
+    (of the sample, n − 1; plus 1e-4, so that equal rewards give 0).
+
+    Source: Shao et al. 2024 (GRPO) §4.1.2; without the deviation Liu et al. 2025 (Dr. GRPO). Errors: ValueError for a group of one.
+
+    >>> grpo_advantages(torch.tensor([1.0, 2.0, 6.0]), 3, std_norm=False).tolist()
+    [-2.0, -1.0, 3.0]
+    """
+    r = _groups("grpo", rewards, samples)
+    centred = r - r.mean(1, keepdim=True)
+    return (centred / (r.std(1, keepdim=True) + 1e-4) if std_norm else centred).flatten()
+
+
+def policy_terms(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, dict]:
+    """The clipped policy loss of each token, (M,), not yet averaged, and what is measured beside it; all inputs (M,).
+
+    Each is max(−A·r, −A·clip(r, 1−ε, 1+ε)) with r = exp(logprobs − old). Source: Schulman et al. 2017 (PPO) eq. 7.
+
+    >>> terms, facts = policy_terms(torch.tensor([0.0, 1.0]), torch.zeros(2), torch.tensor([2.0, 1.0]), 0.2)
+    >>> [round(x, 2) for x in terms.tolist()], facts["clip_fraction"], facts["approx_kl"]
+    ([-2.0, -1.2], 0.5, 0.25)
+    """
+    log_ratio = logprobs - old
+    ratio = torch.exp(log_ratio)
+    free, bound = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    with torch.no_grad():
+        facts = {"clip_fraction": float((bound > free).float().mean()), "approx_kl": float(0.5 * log_ratio.square().mean()),
+                 "ratio_max": float(log_ratio.abs().max().exp())}
+    return torch.maximum(free, bound), facts
+
+
+def dpo_loss(margin: Tensor, beta: float, smoothing: float = 0.0) -> Tensor:
+    """(P,): −(1 − ε) log σ(β·margin) − ε log σ(−β·margin); margin (P,), nats: the policy's log-ratio to the reference of the chosen
+    response less that of the rejected one; ε: the chance that a label is wrong.
+
+    Source: Rafailov et al. 2023 (DPO) eq. 7; ε as in its code (conservative DPO).
+
+    >>> [round(x, 4) for x in dpo_loss(torch.tensor([0.0, 20.0]), 0.1).tolist()]  # ln 2 where nothing is told apart
+    [0.6931, 0.1269]
+    """
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return -(1 - smoothing) * log_sigmoid(beta * margin) - smoothing * log_sigmoid(-beta * margin)
+
+
+def ipo_loss(margin: Tensor, beta: float) -> Tensor:
+    """(P,): (margin − 1/(2β))²: the margin, (P,), is drawn to a finite value instead of ever farther. Source: Azar et al. 2023 eq. 17.
+
+    >>> ipo_loss(torch.tensor([0.0, 5.0]), 0.1).tolist()
+    [25.0, 0.0]
+    """
+    return (margin - 1 / (2 * beta)) ** 2

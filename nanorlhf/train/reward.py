@@ -3,7 +3,7 @@
 Source: Ouyang et al. 2022 §3.5 (RM) eq. 1: K completions in one forward, all C(K,2) pairs in one loss.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable, List, Sequence
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..config import RewardConfig
 from ..engine.generate import ragged
 from ..model import Model
 from ..optim import Optimizer
-from .loss import kwise_loss
+from .loss import kwise_loss, pairwise_loss
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Ranking:
     source: str
     sequences: List[List[int]]
     ranks: List[int]
+    utilities: List[float] = field(default_factory=list)  # what the labeller found each worth, where that is known
 
 
 def score_sequences(model: Model, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -51,9 +52,32 @@ def pair_accuracy(model: Model, rankings: Sequence[Ranking]) -> float:
     return float(kwise_loss(scores, ranks, group_bounds(rankings))[1])
 
 
+def ranking_loss(scores: Tensor, ranks: Tensor, bounds: Tensor, config: RewardConfig) -> tuple[Tensor, Tensor]:
+    """The configured loss of some groups, and the share of their pairs that is ordered rightly."""
+    if config.loss == "kwise" and not config.margin:
+        return kwise_loss(scores, ranks, bounds)
+    better, worse, group = ranked_pairs(ranks, bounds)
+    margins = config.margin * (ranks[worse] - ranks[better])
+    losses = pairwise_loss(scores[better], scores[worse], margins)
+    if config.loss == "kwise":  # each group's pairs count as one
+        counts = torch.bincount(group)[group]
+        losses = losses / counts * len(losses) / len(group.unique())
+    gap = (scores[better] - scores[worse]).detach()
+    return losses.mean(), (gap > 0).float().mean() + 0.5 * (gap == 0).float().mean()
+
+
+def ranked_pairs(ranks: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of different rank within a group: indices of the better (P,), of the worse (P,), and their group (P,)."""
+    group = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff()).to(ranks.device)
+    better, worse = torch.nonzero((group[:, None] == group) & (ranks[:, None] < ranks), as_tuple=True)
+    if not len(better):
+        raise ValueError("reward: no group holds two completions of different rank")
+    return better, worse, group[better]
+
+
 def train_reward(model: Model, epochs: Sequence[Sequence[Ranking]], config: RewardConfig, seed: int, state: StageState,
-                 evaluate: Callable[[Model], dict], log: Callable[[dict], None]) -> Model:
-    """Fit ``model`` to the rankings, ``epochs[e]`` being those of pass e; each pass is shuffled.
+                 evaluate: Callable[[Model], dict], log: Callable[[dict], None], stage: str = "reward") -> Model:
+    """Fit ``model`` to the rankings, ``epochs[e]`` being those of pass e; each pass is shuffled. ``stage``: of its rows of metrics.
 
     evaluate(model) → held-out pair accuracy by source. Errors: ValueError when there is no ranking.
     """
@@ -69,17 +93,17 @@ def train_reward(model: Model, epochs: Sequence[Sequence[Ranking]], config: Rewa
     eval_steps = {round(len(plan) * i / 4) for i in range(4)}
     for step in range(first, len(plan)):
         if step in eval_steps:
-            log({"stage": "reward", "event": "eval", "step": step, "pair_accuracy": evaluate(model)})
+            log({"stage": stage, "event": "eval", "step": step, "pair_accuracy": evaluate(model)})
         rankings = plan[step]
         scores = score_sequences(model, [s for r in rankings for s in r.sequences])
         ranks = torch.tensor([rank for r in rankings for rank in r.ranks], device=scores.device)
-        loss, right = kwise_loss(scores, ranks, group_bounds(rankings))
+        loss, right = ranking_loss(scores, ranks, group_bounds(rankings), config)
         loss.backward()
         lr, norm = optimizer.step(step)
-        log({"stage": "reward", "step": step + 1, "steps": len(plan), "loss": float(loss.detach()), "pair_accuracy": float(right),
+        log({"stage": stage, "step": step + 1, "steps": len(plan), "loss": float(loss.detach()), "pair_accuracy": float(right),
              "lr": lr, "grad_norm": norm})
         state.tick(step + 1)
-    log({"stage": "reward", "event": "eval", "step": len(plan), "pair_accuracy": evaluate(model)})
+    log({"stage": stage, "event": "eval", "step": len(plan), "pair_accuracy": evaluate(model)})
     return model
 
 
@@ -98,3 +122,16 @@ def normalise(model: Model, sequences: Sequence[Sequence[int]]) -> float:
         model.score.weight.div_(deviation)
         return float(scores.mean()) / deviation
     return float(scores.mean())
+
+
+class Ensemble:
+    """Reward models that judge together: the mean of their scores, or the least of them, which a policy finds harder to exploit
+    (Coste et al. 2023). offsets: what is subtracted of each model's scores."""
+
+    def __init__(self, models: Sequence[Model], offsets: Sequence[float], member_score: str = "mean"):
+        self.models, self.offsets, self.member_score = list(models), list(offsets), member_score
+
+    def __call__(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """(B,), on the CPU."""
+        scores = torch.stack([score_all(m, sequences) - o for m, o in zip(self.models, self.offsets)])
+        return scores.mean(0) if self.member_score == "mean" else scores.amin(0)

@@ -1,0 +1,1 @@
+"""What any library of RLHF can be held against: see contract.py."""
