@@ -24,6 +24,7 @@ def _run(default: RunConfig):
             resume: Go on with the run in the folder, with the settings it began with.
             json: Print the report as JSON.
         """
+        from . import parallel
         from .progress import Progress
         from .run import run as run_all
 
@@ -33,6 +34,8 @@ def _run(default: RunConfig):
         except KeyboardInterrupt:
             CONSOLE.print(f"Interrupted. Go on with: nanorlhf run --out {config.out} --resume", markup=False, soft_wrap=True)
             sys.exit(130)
+        if not parallel.first():
+            return
         if json_:
             print(json.dumps(report))
             return

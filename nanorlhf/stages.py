@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from . import chat as chat_format
+from . import parallel
 from .assistant import Assistant
 from .checkpoint import StageState, load_model, save_model, write_json
 from .data.corpus import head
@@ -36,7 +37,8 @@ def tokenizer_stage(run) -> None:
     state, config = run.state("tokenizer"), run.config.tokenizer
     tokenizer = Tokenizer.train(run.corpus.tokenizer_texts(), config.vocab_size, config.pattern,
                                 chat_format.SPECIAL_TOKENS)
-    tokenizer.save(run.folder / "tokenizer")
+    if parallel.first():
+        tokenizer.save(run.folder / "tokenizer")
     density = {}
     for name, documents in run.corpus.held_out.items():
         data = [document_bytes(d) for d in documents]
@@ -46,8 +48,9 @@ def tokenizer_stage(run) -> None:
 
 def save_stage(run, stage: str, model: Model) -> None:
     """Model and tokenizer side by side, so that the folder is a checkpoint of its own."""
+    if parallel.first():
+        run.tokenizer.save(run.folder / stage)
     save_model(run.folder / stage, model)
-    run.tokenizer.save(run.folder / stage)
 
 
 def load_stage(run, stage: str, scalar_head: bool = False) -> Model:
@@ -169,7 +172,7 @@ def reward_stage(run) -> None:
                  score_means=[offset for _, offset in models],
                  rankings={"films": len(epochs[0]) - len(simulated), "simulated": len(simulated)}, **facts)
     for member in range(len(models)):
-        (run.folder / member_folder(member) / DONE).unlink()
+        (run.folder / member_folder(member) / DONE).unlink(missing_ok=True)  # by whichever rank comes first
 
 
 def member_folder(member: int) -> str:
