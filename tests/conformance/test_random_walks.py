@@ -31,7 +31,7 @@ STARTS = [node for node in range(NODES) if node != GOAL]
 SEEDS = (0, 1, 2)  # of graph, walks, weights and rollouts
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def this_package(is_ours):
     if not is_ours:
         pytest.skip("runs this package's training loops, whatever adapter is under judgement")
@@ -135,10 +135,11 @@ def test_the_exact_optimality_of_chance_is_that_of_many_random_walks():
 
 SHAPE = ModelConfig(vocab_size=NODES, hidden_size=64, layers=2, heads=2, kv_heads=2, head_size=32, intermediate_size=128, context=16)
 SFT = SFTConfig(steps=150, batch_tokens=2048, optim=OptimConfig(lr=3e-3, muon_lr=0.02, decay=0.9))
-# Against the defaults: no price on divergence, so that the best policy is the reward's alone, which walks as if by rote; a walk that
-# is not at the goal is worth 0, as the rule has it; no reward model that the values could start from; and rates for a smaller model.
-# Muon's updates are as large as its rate, whatever the gradient: with three times this one, ratios pass 1000 and a start whose every
-# walk has become the same detour is lost for good, as nothing else is drawn there (0.9 of the optimum).
+# What differs from the defaults, and why. No price on divergence: the best policy is the reward's alone, and draws nothing else. A walk
+# that is not at the goal is worth 0, as the rule has it. The values start at 0, as there is no reward model to start from. Higher rates
+# and more steps: at the defaults the most probable walks are the shortest too, but samples still stray. Not higher still: Muon's updates
+# are as large as its rate, whatever the gradient; at three times this one and twice the passes ratios go beyond 1000, and a start whose
+# every sample has become the same detour is lost for good, since nothing better is drawn there any more.
 FREE = dict(max_new_tokens=MOST, temperature=1.0, kl_coef=0.0, kl_target=0.0, missing_end_score=0.0)
 RATES = OptimConfig(lr=1e-3, muon_lr=0.003, decay=0.5, final=0.1, weight_decay=0.0)
 VALUE_RATES = OptimConfig(lr=2e-3, muon_lr=0.006, decay=0.5, final=0.1, weight_decay=0.0)
