@@ -25,6 +25,7 @@ CONFIGS = {
     "ppo, KL in the loss": PPOConfig(prompts=12, value_optim=OPTIM, kl_in="loss", whiten_advantages="minibatch", **ALIKE),
     "ppo, shared": PPOConfig(prompts=12, value="shared", value_optim=OPTIM, **ALIKE),
     "rloo": GroupConfig(prompts=4, samples=3, **ALIKE),
+    "rloo, one prompt": GroupConfig(prompts=1, samples=3, **ALIKE),  # of two ranks, one has nothing to roll out
     "grpo": GroupConfig(prompts=4, samples=3, advantage="grpo", **ALIKE),
     "dr grpo": GroupConfig(prompts=4, samples=3, advantage="grpo", std_norm=False, length_norm=False, **ALIKE),
     "reinforce": GroupConfig(prompts=4, samples=3, advantage="reinforce", baseline=True, **ALIKE),
