@@ -30,15 +30,19 @@ def judge_of(run) -> Judge:
 
 
 def training_prompts(run, count: int, room: int) -> List[List[int]]:
-    """Prompts that leave room for so many tokens, up to the assistant's turn."""
+    """Prompts that leave room for so many tokens, up to the assistant's turn. Errors: ValueError when none does."""
     assistant = Assistant(stages.load_stage(run, "sft"), run.tokenizer)
     asked = render_prompts(assistant, stages.questions(run, False, count, run.config.seed + 1))
-    return [p for p in asked if len(p) <= run.config.model.context - room]
+    fitting = [p for p in asked if len(p) <= run.config.model.context - room]
+    if not fitting:
+        raise ValueError(f"none of {len(asked)} prompts leaves room for {room} more tokens in a context of {run.config.model.context}")
+    return fitting
 
 
 def finish(run, stage: str, policy, seconds: float) -> None:
     stages.save_stage(run, stage, policy)
-    last = [row for row in metrics.read(run.folder) if row["stage"] == stage and "event" not in row][-5:]  # of all sittings
+    last = [row for row in metrics.read(run.folder)  # of all sittings
+            if row["stage"] == stage and row.get("event", "stop") == "stop"][-5:]
     run.complete(stage, seconds, **{key: sum(r[key] for r in last) / len(last) for key in MEASURED if last and key in last[0]})
 
 

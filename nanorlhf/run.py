@@ -54,11 +54,12 @@ class Run:
         steps = {name: getattr(c, name).steps for name in ("pretrain", "sft", "dpo", "rloo", "grpo", "reinforce", "ppo")}
         self.notify({"steps": steps.get(row["stage"]), **row})
 
-    def state(self, stage: str) -> StageState:
-        """The stage's saved state. Rows that the log holds beyond it are dropped: the stage will write them again."""
+    def state(self, stage: str, rows: str | None = None) -> StageState:
+        """The stage's saved state. Rows that the log holds beyond it are dropped: the stage will write them again. rows: what they
+        are called, the stage's name unless given; with "" none are dropped."""
         state = StageState(self.folder / stage / "state.safetensors")
         step = state.saved_step()
-        self.metrics.truncate_after("pretrain" if stage == "base" else stage, step)
+        self.metrics.truncate_after(("pretrain" if stage == "base" else stage) if rows is None else rows, step)
         return state
 
     def facts(self, stage: str) -> dict:

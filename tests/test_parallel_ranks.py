@@ -61,7 +61,7 @@ gradients("alone", model(0, True), lambda net, _: reward.backward(net, groups[:1
 gradients("pretrain", model(), lambda net, o: pretrain.train_step(net, o, each, torch.tensor([0, 5, 8, 16, 20, 24], dtype=torch.int32), rows_of, 0))
 """
 SUPERVISED = ("sft", "dpo", "kwise", "pairwise", "alone", "pretrain")
-NAMES = ("ppo", "rloo", "grpo")
+NAMES = ("ppo", "rloo", "rloo, one prompt", "grpo")
 
 
 def free_port():

@@ -59,8 +59,8 @@ def backward(policy: Model, ref: Model, batch: Sequence[Pair], config: DPOConfig
         margin = (chosen - ref_chosen) - (rejected - ref_rejected)  # over β, the difference of the implicit rewards
         loss = (dpo_loss(margin, config.beta, config.label_smoothing) if config.loss == "sigmoid" else ipo_loss(margin, config.beta)).mean()
         (loss * (len(mine) / len(batch))).backward()
-        facts = {"loss": loss, "pair_accuracy": (margin > 0).float().mean(), "margin": margin.mean(), "chosen": (chosen - ref_chosen).mean(),
-                 "rejected": (rejected - ref_rejected).mean()}
+        facts = {"loss": loss, "margin": margin.mean(), "pair_accuracy": (margin > 0).float().mean() + 0.5 * (margin == 0).float().mean(),
+                 "chosen": (chosen - ref_chosen).mean(), "rejected": (rejected - ref_rejected).mean()}
         measured.append((len(mine), {name: float(x.detach()) for name, x in facts.items()}))
     return parallel.weighted_means(measured)
 
