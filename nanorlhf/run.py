@@ -20,7 +20,7 @@ from .config import RunConfig
 from .data.corpus import Corpus
 from .metrics import MetricsLog
 from .ops import backend
-from .report import write_report
+from .report import experiments, write_report
 from .tokenizer import Tokenizer
 
 
@@ -170,7 +170,7 @@ def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] 
             (current.folder / "run.json").unlink()
         raise
     current.notify({"stage": "comparison", "begin": True})
-    report = {**comparison.report(current), "machine": machine(), "config": current.config.to_dict()}
+    report = {**comparison.report(current), "machine": machine(), "config": current.config.to_dict(), **experiments(current.folder)}
     write_json(current.folder / "report.json", report)
     write_report(current.folder)
     return report
