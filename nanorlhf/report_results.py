@@ -68,8 +68,8 @@ def overoptimisation(report: dict, drawn: bool) -> str:
     """Gold and proxy gain against √KL for best-of-n and PPO with the fits of Gao et al. 2023, their figures and residuals."""
     found = at(report, "overoptimisation", {})
     if not found:
-        return section("overoptimisation", "Over-optimisation", "Gold against proxy reward over the distance from SFT, fitted.",
-                       missing("the over-optimisation curve, which nanorlhf lab overoptimisation adds"))
+        return section("overoptimisation", "Over-optimisation", "Gold against proxy reward over the distance from SFT: nanorlhf lab "
+                       "overoptimisation measures and fits it, for best-of-n and PPO, and puts it here.")
     parts = ['<div class="charts">', *(_course(found, course, drawn) for course in COURSES), "</div>"]
     body = [[COURSES[course][0], seed, FORMS[form] + (" *" if form == fits["form"] else ""),
              *(number(fit[key]) for key in ("alpha", "beta", "rms", "r2")), number(fit["peak_kl"]) if fit["peak_kl"] else "none"]
@@ -95,12 +95,14 @@ def _course(found: Mapping, course: str, drawn: bool) -> str:
     ends = [max(xs) * k / 40 for k in range(41)]
     lines += [Series(f"gold, {FORMS[form]}", ends, curve(fit, [d * d for d in ends]), colour=1 if form == "best_of_n" else 3)
               for form, fit in found["fits"][course]["all"].items()]
+    floors = [-seed["sft"]["gold"][0] / seed["sft"]["gold"][1] for seed in found["seeds"]]
+    marks = {"a gold score of 0": sum(floors) / len(floors)} if any(row["gold_gain"] < 0 for row in rows) else {}
     best, last = (pick(found["means"][course]) for pick in (lambda m: max(m, key=lambda row: row["gold_gain"]), lambda m: m[-1]))
     said = f"Mean of the seeds: gold is highest at {unit} {best[unit]} (KL {number(best['kl'])}) with {number(best['gold_gain'])}"
     said += ", the last point." if best is last else (
         f", and {number(last['gold_gain'])} at the last point (KL {number(last['kl'])}), where the proxy has gone from "
         f"{number(best['proxy_gain'])} to {number(last['proxy_gain'])}.")
-    return block(Chart(f"overoptimisation-{course}", name, "√KL to the SFT model", "gain in deviations of SFT", lines), said, drawn)
+    return block(Chart(f"overoptimisation-{course}", name, "√KL to the SFT model", "gain in deviations of SFT", lines, marks), said, drawn)
 
 
 def _residuals(found: Mapping, course: str) -> str:

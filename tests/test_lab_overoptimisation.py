@@ -185,10 +185,10 @@ def test_a_saved_state_is_taken_up(tiny_run, done, tmp_path, monkeypatch):
     assert steps == [1, 2, 2, 3]
 
 
-def test_more_seeds_keep_the_first(done, tmp_path):
+def test_what_is_there_is_kept_for_any_number_of_seeds(done, tmp_path):
     current, result, _ = done
     before = (current.folder / "metrics.jsonl").read_bytes()
-    assert measure(current, SMALL)["seeds"] == result["seeds"]
+    assert measure(current, SMALL)["seeds"] == measure(current, replace(SMALL, seeds=1))["seeds"] == result["seeds"]
     assert (current.folder / "metrics.jsonl").read_bytes() == before  # the run's own rows are left alone
 
 
@@ -221,11 +221,19 @@ def test_the_turn_is_told_where_there_is_one():
     for row, gain in zip(report["overoptimisation"]["means"]["ppo"], [0.0, 0.4, 0.9, 1.25, 1.0, 0.5, 0.125]):
         row["gold_gain"] = gain
     page = render(report, [], False)
+    assert "a gold score of 0" not in page  # no gold gain is below 0
     assert "gold is highest at step 3" in page and "with 1.25, and 0.125 at the last point" in page
 
 
+def test_the_least_score_that_the_judge_gives_is_marked_where_gold_fell_below_sft():
+    report = made_up_report()
+    report["overoptimisation"]["seeds"][1]["ppo"][6]["gold_gain"] = -1.5
+    assert "<th scope=\"row\">a gold score of 0</th><td>-2</td>" in render(report, [], False)  # 0.5 / 0.25 deviations down
+
+
 def test_a_run_without_it_says_how_to_get_it():
-    assert "Not in this run: the over-optimisation curve, which nanorlhf lab overoptimisation adds." in render({}, [], False)
+    page = render({}, [], False)
+    assert page.count('id="overoptimisation"') == 1 and "nanorlhf lab overoptimisation measures and fits it" in page
 
 
 def test_the_result_is_in_the_report_whoever_writes_it(done):
