@@ -72,7 +72,7 @@ def overoptimisation(report: dict, drawn: bool) -> str:
                        "overoptimisation measures and fits it, for best-of-n and PPO, and puts it here.")
     parts = ['<div class="charts">', *(_course(found, course, drawn) for course in COURSES), "</div>"]
     body = [[COURSES[course][0], seed, FORMS[form] + (" *" if form == fits["form"] else ""),
-             *(number(fit[key]) for key in ("alpha", "beta", "rms", "r2")), number(fit["peak_kl"]) if fit["peak_kl"] else "none"]
+             *(number(fit[key]) for key in ("alpha", "beta", "rms", "r2")), _peak(fit["peak_kl"], found["means"][course][-1]["kl"])]
             for course, fits in found["fits"].items() for seed, forms in [("all", fits["all"]), *enumerate(fits["seeds"])]
             for form, fit in forms.items()]
     parts.append(html_table("Fits of the gold gain, d = √KL; * the course's own form in Gao et al.",
@@ -86,6 +86,10 @@ def overoptimisation(report: dict, drawn: bool) -> str:
     return section("overoptimisation", "Over-optimisation", lead, *parts)
 
 
+def _peak(kl: float | None, last: float) -> str:
+    return "none" if kl is None else number(kl) + (", beyond the points" if kl > last else "")
+
+
 def _course(found: Mapping, course: str, drawn: bool) -> str:
     """A course's chart, and a sentence on where its gold reward was highest."""
     rows, (name, unit) = [row for seed in found["seeds"] for row in seed[course]], COURSES[course]
@@ -95,8 +99,8 @@ def _course(found: Mapping, course: str, drawn: bool) -> str:
     ends = [max(xs) * k / 40 for k in range(41)]
     lines += [Series(f"gold, {FORMS[form]}", ends, curve(fit, [d * d for d in ends]), colour=1 if form == "best_of_n" else 3)
               for form, fit in found["fits"][course]["all"].items()]
-    floors = [-seed["sft"]["gold"][0] / seed["sft"]["gold"][1] for seed in found["seeds"]]
-    marks = {"a gold score of 0": sum(floors) / len(floors)} if any(row["gold_gain"] < 0 for row in rows) else {}
+    least = sum(-seed["sft"]["gold"][0] / seed["sft"]["gold"][1] for seed in found["seeds"]) / len(found["seeds"])
+    marks = {"a gold score of 0": least} if min(row["gold_gain"] for row in rows) < least / 2 else {}
     best, last = (pick(found["means"][course]) for pick in (lambda m: max(m, key=lambda row: row["gold_gain"]), lambda m: m[-1]))
     said = f"Mean of the seeds: gold is highest at {unit} {best[unit]} (KL {number(best['kl'])}) with {number(best['gold_gain'])}"
     said += ", the last point." if best is last else (

@@ -211,7 +211,7 @@ def test_the_section_shows_the_points_the_fits_and_the_residuals(drawn):
     assert section.count("<svg") == (2 if drawn else 0)
     assert '<td>d (α − β ln d) *</td><td>0.9</td><td>0.3</td>' in section
     assert '<td>d (α − β d) *</td><td>0.8</td><td>0.1</td>' in section
-    assert f"<td>{math.exp(4):.3g}</td>" in section  # the KL where 0.9 = 0.3 (ln d + 1), d = e²
+    assert f"<td>{math.exp(4):.3g}, beyond the points</td>" in section  # the KL where 0.9 = 0.3 (ln d + 1), d = e²: past 5.9²
     assert section.count("<caption>PPO: every point</caption>") == 1 and "3 seeds, 64 held-out prompts each" in section
     assert "gold is highest at step 6" in section
 
@@ -221,11 +221,11 @@ def test_the_turn_is_told_where_there_is_one():
     for row, gain in zip(report["overoptimisation"]["means"]["ppo"], [0.0, 0.4, 0.9, 1.25, 1.0, 0.5, 0.125]):
         row["gold_gain"] = gain
     page = render(report, [], False)
-    assert "a gold score of 0" not in page  # no gold gain is below 0
+    assert "a gold score of 0" not in page
     assert "gold is highest at step 3" in page and "with 1.25, and 0.125 at the last point" in page
 
 
-def test_the_least_score_that_the_judge_gives_is_marked_where_gold_fell_below_sft():
+def test_the_least_score_that_the_judge_gives_is_marked_where_gold_comes_near_it():
     report = made_up_report()
     report["overoptimisation"]["seeds"][1]["ppo"][6]["gold_gain"] = -1.5
     assert "<th scope=\"row\">a gold score of 0</th><td>-2</td>" in render(report, [], False)  # 0.5 / 0.25 deviations down

@@ -98,7 +98,7 @@ def measure(run, settings: Settings) -> dict:
     courses = held["seeds"]
 
     def save() -> dict:
-        result = {"settings": asdict(settings), "seconds": held["seconds"] + time.perf_counter() - began, "seeds": courses,
+        result = {"settings": {**asdict(settings), "seeds": len(courses)}, "seconds": held["seconds"] + time.perf_counter() - began, "seeds": courses,
                   "means": {course: means(courses, course) for course in OWN_FORM},
                   "fits": {course: fits(courses, course) for course in OWN_FORM}}
         write_json(path, result)
