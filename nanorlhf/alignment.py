@@ -46,8 +46,9 @@ def finish(run, stage: str, policy, seconds: float) -> None:
     run.complete(stage, seconds, **{key: sum(r[key] for r in last) / len(last) for key in MEASURED if last and key in last[0]})
 
 
-def ppo_stage(run) -> None:
-    state, config = run.state("ppo"), run.config.ppo
+def ppo_models(run) -> tuple:
+    """Policy, reference and value model as PPO starts from them; a shared value model is the policy."""
+    config = run.config.ppo
     policy, ref = stages.load_stage(run, "sft", config.value == "shared"), stages.load_stage(run, "sft")
     if config.value == "shared":
         value = policy
@@ -55,6 +56,12 @@ def ppo_stage(run) -> None:
         value = stages.load_stage(run, "reward") if config.value_init == "reward" else stages.load_stage(run, "sft", True)
     if config.value_init == "zero" or config.value == "shared":
         torch.nn.init.zeros_(value.score.weight)
+    return policy, ref, value
+
+
+def ppo_stage(run) -> None:
+    state, config = run.state("ppo"), run.config.ppo
+    policy, ref, value = ppo_models(run)
     prompts = training_prompts(run, config.distinct_prompts, config.max_new_tokens)
     ppo(policy, ref, value, judge_of(run), prompts, config, run.config.seed, state, run.log)
     if config.value == "shared":

@@ -20,7 +20,7 @@ from .config import RunConfig
 from .data.corpus import Corpus
 from .metrics import MetricsLog
 from .ops import backend
-from .report import write_report
+from .report import experiments, write_report
 from .tokenizer import Tokenizer
 
 
@@ -176,7 +176,8 @@ def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] 
     current.notify({"stage": "comparison", "begin": True})
     report = None
     if parallel.first():
-        report = {**comparison.report(current), "machine": machine(), "config": current.config.to_dict()}
+        report = {**comparison.report(current), "machine": machine(), "config": current.config.to_dict(),
+                  **experiments(current.folder)}
     report = parallel.agreed(report)
     write_json(current.folder / "report.json", report)
     if parallel.first():
