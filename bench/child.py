@@ -27,6 +27,10 @@ class Child:
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # what follows tells
+        return self.hear()
+
+    def hear(self):
+        """What it says unasked."""
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{' '.join(self.command[1:])} ended with status {self.process.wait()}")
