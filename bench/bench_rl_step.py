@@ -15,12 +15,12 @@ resident when the model was loaded: the reference's and the optimiser's are in i
 
 import argparse
 import json
-import os
 import random
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 from bench_engine import CONFIG, DTYPES, chosen
@@ -98,6 +98,18 @@ def compare(folder, dtype, given):
     return rows, ratio
 
 
+@pytest.mark.parametrize("name", ["nanorlhf", "TRL"])
+def test_rl_step(benchmark, tmp_path, name):
+    if name == "TRL":
+        pytest.importorskip("trl")
+    save_model(tmp_path, Model(CONFIG))
+    told = json.dumps(settings("bf16", argparse.Namespace(updates=4, checkpointing=False)))
+    command = (__file__, "--serve") if name == "nanorlhf" else (HERE / "peer_trl.py",)
+    with Child(*command, tmp_path, told) as child:
+        child.hear()
+        benchmark.pedantic(child.ask, rounds=3, warmup_rounds=1)
+
+
 def profile(dtype, given, steps=3):
     """Where the time of our steps goes, by operator."""
     turns, seen = 0, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
@@ -118,8 +130,7 @@ def profile(dtype, given, steps=3):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2], json.loads(sys.argv[3]))
-        os._exit(0)
+        sys.exit(serve(sys.argv[2], json.loads(sys.argv[3])))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", type=chosen(DTYPES), default=list(DTYPES))
     parser.add_argument("--updates", type=int, default=4, choices=[1, 2, 4], help="optimiser steps for each rollout")
