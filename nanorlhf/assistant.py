@@ -75,10 +75,13 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto", determinis
     """The assistant of a stage's folder, for example ``runs/first/ppo``. deterministic: turns ``ops.backend.deterministic`` on,
     for the whole process.
 
-    Errors: ValueError, in one sentence, for a folder without a model or of another version.
+    Errors: ValueError, in one sentence, for a folder without a model, of another version, or with a reward model.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if deterministic:
         backend.deterministic(True)
-    return Assistant(load_model(Path(path), dtype, device), Tokenizer.load(path))
+    model = load_model(Path(path), dtype, device)
+    if hasattr(model, "score"):
+        raise ValueError(f"{path} holds a reward model, which scores answers and gives none")
+    return Assistant(model, Tokenizer.load(path))

@@ -9,7 +9,12 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import IO, Dict, Tuple
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing is locked
+    fcntl = None
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +40,27 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     parallel.wait()
+
+
+_locks: Dict[Path, IO] = {}  # open while the process lives, since to close one is to give it up
+
+
+def claim(folder: Path) -> None:
+    """Keep other processes from writing into the folder until this one ends. Errors: ValueError where another is at work in it."""
+    path = folder.resolve() / ".lock"
+    if fcntl is None or path in _locks or not parallel.first():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"{folder}: another process is at work in this folder; wait for it, or stop it first") from error
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    _locks[path] = file
 
 
 def write_json(path: Path, value) -> None:

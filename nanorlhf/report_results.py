@@ -141,11 +141,11 @@ def _summary(report: dict, gold: Mapping, rates: Mapping) -> str:
     head = ["model", "gold", "95 %", "Elo", "95 %", "tokens a response", "distinct bigrams", "copied from a demonstration"]
     parts = [html_table("Each model in numbers", head, body)] if body else []
     body = [
-        [_duel(key), percent(at(row, "mean")), interval(row, percent), number(at(row, "n"))]
+        [_duel(key), percent(at(row, "mean")), interval(row, percent), percent(at(row, "length_controlled.mean")), number(at(row, "n"))]
         for key, row in rates.items()
     ]
     if body:
-        parts.append(html_table("Win-rates, a tie counting one half", ["", "won", "95 %", "prompts"], body))
+        parts.append(html_table("Win-rates, a tie counting one half", ["", "won", "95 %", "of answers of equal length", "prompts"], body))
     aligned = at(report, "alignment", {})
     keys = ("kl", "kl_exact", "score", "length", "entropy")
     body = [[_name(model), *(number(at(row, key)) for key in keys), duration(at(report, f"seconds.{model}"))]
@@ -160,9 +160,11 @@ def _summary(report: dict, gold: Mapping, rates: Mapping) -> str:
             for family, row in by_family.items()
         ]
         parts.append(html_table("Mean gold score by family of prompts", ["family", *map(_name, models)], body))
-    sft, tuned = at(report, "length.sft"), at(report, "length.ppo")
-    if sft and tuned is not None:
-        parts.append(f"<p>{text(f'PPO answers are {percent(tuned / sft)} as long as SFT answers.')}</p>")
+    sft = at(report, "length.sft")
+    tuned = {model: at(report, f"length.{model}") for model in MODELS if model == "ppo" or model in aligned}
+    tuned = {model: tokens / sft for model, tokens in tuned.items() if sft and tokens is not None}
+    if tuned:
+        parts.append(f"<p>{text('; '.join(f'{_name(m)} answers are {percent(x)} as long as SFT answers' for m, x in tuned.items()))}.</p>")
     return "".join(parts)
 
 

@@ -124,7 +124,8 @@ def reward_model(report: dict, rows: list[dict], drawn: bool) -> str:
         parts.append(html_table("Whether its probabilities hold, and what length alone explains", head, body))
     lead = (
         "Trained on pairs of which one response is better; chance is 50 %. "
-        "Pairs called simulated were labelled by a rule with noise, all others by people."
+        "Pairs called simulated were labelled by a rule with noise, all others by people. "
+        "Films_unfavourable asks for blame: far below 50 %, the model prefers praise whatever is asked for."
     )
     return section("reward", "Reward model", lead, *parts)
 
@@ -183,8 +184,9 @@ def reward_against_kl(report: dict, rows: list[dict], drawn: bool) -> str:
 
 
 def entropy(report: dict, rows: list[dict], drawn: bool) -> str:
-    """Entropy of the three policies and the fall from SFT to PPO in numbers."""
-    known = {stage: at(report, f"ppo.entropy.{stage}") for stage in ("base", "sft", "ppo")}
+    """Entropy of the policies and the fall from SFT to PPO in numbers."""
+    others = [stage for stage in MODELS if stage not in ("base", "sft", "ppo") and at(report, f"ppo.entropy.{stage}") is not None]
+    known = {stage: at(report, f"ppo.entropy.{stage}") for stage in ("base", "sft", *others, "ppo")}
     parts = []
     lead = "Mean entropy of the next token, in nats, on each model's own responses."
     if known["sft"] and known["ppo"] is not None:

@@ -15,7 +15,7 @@ from typing import Callable, get_type_hints
 import torch
 
 from . import alignment, comparison, parallel
-from .checkpoint import FORMAT, StageState, write_json
+from .checkpoint import FORMAT, StageState, claim, write_json
 from .config import RunConfig
 from .data.corpus import Corpus
 from .metrics import MetricsLog
@@ -105,9 +105,9 @@ def open_run(config: RunConfig, resume: bool = False, notify: Callable[[dict], N
         except (KeyError, TypeError) as error:
             raise ValueError(f"{config.out} holds a run of another version (its settings differ: {error})") from error
     elif resume:
-        raise ValueError(f"{config.out} holds no run to resume")
-    else:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"{config.out} holds no run to resume or to go on from; begin one with: nanorlhf run --out {config.out}")
+    claim(Path(config.out))
+    if held is None:
         write_json(path, {"format": FORMAT, "config": config.to_dict()})
     return Run(config, notify)
 

@@ -120,3 +120,9 @@ def test_tokens_with_a_text_are_found_among_the_ordinary_ones():
     pieces = [tok.decode_bytes([i]) for i in found]
     assert pieces == [b"\n", b"\n\n", b"\n\n\n\n"]  # the merges are ab and these two
     assert len(found) == sum(b"\n" in tok.decode_bytes([i]) for i in range(tok.vocab_size))
+
+
+def test_a_reward_model_gives_no_answers(tmp_path):
+    save_model(tmp_path, model(scalar_head=True, vocab_size=byte_tokenizer().vocab_size))
+    with pytest.raises(ValueError, match="holds a reward model"):
+        load(tmp_path)

@@ -3,6 +3,8 @@
 import json
 import mmap
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -222,3 +224,19 @@ def test_a_device_that_is_not_there_leaves_no_folder(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="device cuda is asked for, but torch finds no CUDA device here"):
         open_run(preset("tiny", out=str(tmp_path / "run"), device="cuda"))
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_write_one_folder(tiny_run, tmp_path):
+    """The second is refused while the first lives, and not afterwards; the same process may open its run again."""
+    config = copied(tiny_run, tmp_path / "run")
+    hold = ("import sys; from pathlib import Path; from nanorlhf.checkpoint import claim; claim(Path(sys.argv[1])); print('held', flush=True); "
+            "sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", hold, config.out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process is at work"):
+            open_run(config, resume=True)
+    finally:
+        other.communicate()
+    open_run(config, resume=True)
+    open_run(config, resume=True)

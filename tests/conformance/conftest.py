@@ -23,7 +23,10 @@ def adapter(request):
         raise pytest.UsageError(f"--adapter: expected module:object, got {module!r}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        pytest.exit(f"--adapter={module}:{name}: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 @pytest.fixture(scope="session")
