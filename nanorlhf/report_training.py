@@ -124,9 +124,10 @@ def reward_model(report: dict, rows: list[dict], drawn: bool) -> str:
         parts.append(html_table("Whether its probabilities hold, and what length alone explains", head, body))
     lead = (
         "Trained on pairs of which one response is better; chance is 50 %. "
-        "Pairs called simulated were labelled by a rule with noise, all others by people. "
-        "Films_unfavourable asks for blame: far below 50 %, the model prefers praise whatever is asked for."
+        "Pairs called simulated were labelled by a rule with noise, all others by people."
     )
+    if "films_unfavourable" in at(report, "reward.pair_accuracy", {}):
+        lead += " Films_unfavourable asks for blame: far below 50 %, the model prefers praise whatever is asked for."
     return section("reward", "Reward model", lead, *parts)
 
 

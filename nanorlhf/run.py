@@ -54,12 +54,14 @@ class Run:
         steps = {name: getattr(c, name).steps for name in ("pretrain", "sft", "dpo", "rloo", "grpo", "reinforce", "ppo")}
         self.notify({"steps": steps.get(row["stage"]), **row})
 
-    def state(self, stage: str, rows: str | None = None) -> StageState:
-        """The stage's saved state. Rows that the log holds beyond it are dropped: the stage will write them again. rows: what they
-        are called, the stage's name unless given; with "" none are dropped."""
-        state = StageState(self.folder / stage / "state.safetensors")
-        step = state.saved_step()
-        self.metrics.truncate_after(("pretrain" if stage == "base" else stage) if rows is None else rows, step)
+    def saved(self, folder: str) -> StageState:
+        """The state that is saved in this folder of the run, if any."""
+        return StageState(self.folder / folder / "state.safetensors")
+
+    def state(self, stage: str) -> StageState:
+        """The stage's saved state. Rows that the log holds beyond it are dropped: the stage will write them again."""
+        state = self.saved(stage)
+        self.metrics.truncate_after("pretrain" if stage == "base" else stage, state.saved_step())
         return state
 
     def facts(self, stage: str) -> dict:
@@ -74,7 +76,7 @@ class Run:
 
     def complete(self, stage: str, seconds: float, **facts) -> None:
         write_json(self.folder / stage / "stage.json", {"seconds": seconds, "peak_mib": peak_memory(), **facts})
-        StageState(self.folder / stage / "state.safetensors").clear()
+        self.saved(stage).clear()
 
 
 def device_of(config: RunConfig) -> torch.device:

@@ -152,7 +152,7 @@ def sampled_rankings(run, model: Model, examples: List[Example], seed: int) -> L
 
 
 def reward_stage(run) -> None:
-    state, config, films = run.state("reward", rows=""), run.config, run.corpus.films
+    state, config, films = run.saved("reward"), run.config, run.corpus.films
     policy, seed = load_stage(run, "sft"), config.seed
     simulated = sampled_rankings(run, policy, questions(run, False, config.reward.simulated_prompts, seed), seed)
     tests = {"films": film_pairs(run, films.test, FAVOURABLE),
@@ -195,7 +195,7 @@ def reward_member(run, member: int, epochs: List[List[Ranking]], samples: List[L
     if done.is_file():
         return load_stage(run, folder), json.loads(done.read_text())
     stage = "reward" if not member else f"reward-{member}"
-    state = state or run.state(folder, rows="")
+    state = state or run.saved(folder)
     run.metrics.truncate_after(stage, state.saved_step())  # this member's rows; those of complete ones stay
     model = load_stage(run, "sft", scalar_head=True)
     if member:

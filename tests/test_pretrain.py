@@ -22,7 +22,7 @@ class Recorder:
     """In an optimiser's place: keeps the gradients and changes nothing."""
 
     def __init__(self, model):
-        self.model = model
+        self.model, self.params = model, list(model.parameters())
 
     def step(self, step):
         self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}

@@ -37,7 +37,7 @@ def train_step(model: Model, optimizer: Optimizer, tokens: Tensor, cu_seqlens: T
         loss = -logprobs.sum() / count
         loss.backward()
         total += float(loss.detach())
-    parallel.sum_gradients(model.parameters())
+    parallel.sum_gradients(optimizer.params)
     lr, norm = optimizer.step(step)
     return {"loss": sum(parallel.gather(total)), "lr": lr, "grad_norm": norm}
 

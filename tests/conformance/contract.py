@@ -66,7 +66,7 @@ def mask_of(lengths, T):
     return torch.arange(T)[None] < torch.tensor(lengths)[:, None]
 
 
-def close(found, expected, tolerance=1e-9):
+def assert_close(found, expected, tolerance=1e-9):
     """AssertionError unless every number is within the tolerance, relative above 1. Tensors, lists and numbers alike."""
     found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
     assert found.shape == expected.shape, f"expected shape {tuple(expected.shape)}, got {tuple(found.shape)}"

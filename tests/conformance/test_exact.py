@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from .contract import close, differences
+from .contract import assert_close, differences
 from nanorlhf.evals.best_of_n import kl_bound
 from nanorlhf.train.loss import gae, kl_loss, policy_terms, ppo_policy_loss, rloo_advantages
 from nanorlhf.train.objective import average, reinforce_loss
@@ -82,7 +82,7 @@ def test_k3_in_the_loss_ends_elsewhere():
         (-(chance * (REWARDS - (chance * REWARDS).sum()) * logp).sum() + BETA * (chance * kl_loss(logp, REFERENCE, "k3")).sum()).backward()
         theta = theta.detach() - theta.grad
     chance = theta.softmax(0)
-    close(chance * (REWARDS - (chance * REWARDS).sum()), BETA * (chance - REFERENCE.exp()), 1e-6)
+    assert_close(chance * (REWARDS - (chance * REWARDS).sum()), BETA * (chance - REFERENCE.exp()), 1e-6)
     assert float((chance - GIBBS).abs().max()) > 0.02
 
 
@@ -178,7 +178,7 @@ def test_the_expected_gradient_of_every_estimator_is_the_gradient_of_the_expecta
     logp = path_logprobs(logits)
     ESTIMATORS[name](logp, logp.detach().sum(1).exp()).backward()
     exact = differences(expected_reward, LOGITS)
-    close(-logits.grad, exact, 1e-8)
+    assert_close(-logits.grad, exact, 1e-8)
     assert float(exact.abs().max()) > 0.05
 
 
@@ -208,7 +208,7 @@ def test_the_penalty_per_token_has_the_gradient_of_the_divergence_of_whole_paths
     advantages, _ = gae(paid.flatten(), torch.zeros(paid.numel(), dtype=torch.float64), BOUNDS, 1.0, 1.0)
     loss = ppo_policy_loss(logp.flatten(), logp.detach().flatten(), advantages * chance.repeat_interleave(LENGTH) * len(PATHS), 0.2).loss
     (loss * LENGTH).backward()
-    close(logits.grad, BETA * differences(divergence, LOGITS), 1e-8)
+    assert_close(logits.grad, BETA * differences(divergence, LOGITS), 1e-8)
 
 
 # --- best of n -------------------------------------------------------------------------------------------------------
@@ -252,4 +252,4 @@ def test_the_enumeration_of_the_best_is_that_of_all_draws():
     chances, best = [0.5, 0.3, 0.2], [0.0, 0.0, 0.0]
     for triple in itertools.product(range(3), repeat=3):
         best[max(triple)] += math.prod(chances[i] for i in triple)
-    close(best_of_n_divergence(chances, 3), sum(b * math.log(b / p) for b, p in zip(best, chances)))
+    assert_close(best_of_n_divergence(chances, 3), sum(b * math.log(b / p) for b, p in zip(best, chances)))

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from .contract import close, differences, gradient, need, tensor
+from .contract import assert_close, differences, gradient, need, tensor
 
 PROMPT, ANSWERS = [3, 5, 8], ([1, 4], [6, 4, 2], [9])
 
@@ -39,7 +39,7 @@ def test_item_03_log_probs_do_not_depend_on_the_company_in_the_batch(adapter):
     batch = [[3, 5, 8, 1], [2] * adapter.longest, [7, 6], [1, 2, 3, 4, 5, 6, 7, 8]]
     for together, sequence in zip(logprobs(batch), batch):
         assert len(together) == len(sequence) - 1
-        close(together, logprobs([sequence])[0], 1e-5)
+        assert_close(together, logprobs([sequence])[0], 1e-5)
 
 
 def test_item_04_generation_counts_positions_as_scoring_does(adapter):
@@ -48,7 +48,7 @@ def test_item_04_generation_counts_positions_as_scoring_does(adapter):
     generate, logprobs = need(adapter, "generate", "logprobs")
     prompts = [[3], [3, 5, 8, 1, 2, 9], [4, 4]]
     for prompt, (ids, sampled, _) in zip(prompts, generate(prompts, 6)):
-        close(sampled, logprobs([prompt + ids])[0][len(prompt) - 1:], 1e-4)
+        assert_close(sampled, logprobs([prompt + ids])[0][len(prompt) - 1:], 1e-4)
 
 
 def test_item_05_tokens_come_as_often_as_the_softmax_says_and_the_end_is_one_of_them(adapter):
@@ -57,7 +57,7 @@ def test_item_05_tokens_come_as_often_as_the_softmax_says_and_the_end_is_one_of_
     generate, logprobs = need(adapter, "generate", "logprobs")
     n, V = 20_000, adapter.vocab
     chances = torch.tensor([logprobs([PROMPT + [v]])[0][-1] for v in range(V)], dtype=torch.float64).exp()
-    close(chances.sum(), 1.0, 1e-5)
+    assert_close(chances.sum(), 1.0, 1e-5)
     counts = torch.bincount(torch.tensor([ids[0] for ids, _, _ in generate([PROMPT], 1, n)]), minlength=V).double()
     degrees = V - 1
     bound = degrees * (1 - 2 / (9 * degrees) + 3.9 * math.sqrt(2 / (9 * degrees))) ** 3
@@ -68,7 +68,7 @@ def test_item_05_tokens_come_as_often_as_the_softmax_says_and_the_end_is_one_of_
 def test_item_06_the_rate_falls_in_a_line_to_zero(adapter):
     """B5, O. Of 8 steps: 1, 7/8, … 1/8, and 0 would be the next."""
     rate = need(adapter, "learning_rate")
-    close([rate(step, 8) for step in range(8)], [1 - step / 8 for step in range(8)])
+    assert_close([rate(step, 8) for step in range(8)], [1 - step / 8 for step in range(8)])
 
 
 def test_item_07_ranks_draw_differently_and_share_one_order_of_data(adapter):
@@ -118,8 +118,8 @@ def test_item_10_the_sft_loss_is_over_the_learnt_ids_with_the_end_among_them(ada
         pulls[b, t] = p / 4
         pulls[b, t, ids[b, t + 1]] -= 1 / 4
     found, grad = gradient(lambda x: sft_loss(x, ids, learn), logits)
-    close(found, expected, 1e-6)
-    close(grad, pulls, 1e-6)
+    assert_close(found, expected, 1e-6)
+    assert_close(grad, pulls, 1e-6)
 
 
 def test_item_10_the_stage_learns_the_end_and_nothing_of_the_prompt(adapter):
@@ -128,7 +128,7 @@ def test_item_10_the_stage_learns_the_end_and_nothing_of_the_prompt(adapter):
     examples = [([3, 5, 8, adapter.end], [0, 0, 1, 1]), ([1, 2, 9, 9, adapter.end], [0, 1, 1, 1, 1])]
     loss, grad = step(examples)
     learnt = [p for ids, mask in examples for p, m in zip(logprobs([ids])[0], mask[1:]) if m]
-    close(loss, -sum(learnt) / 6, 1e-5)
+    assert_close(loss, -sum(learnt) / 6, 1e-5)
     assert float(grad[adapter.end].norm()) > 1e-2
 
 
@@ -136,8 +136,8 @@ def test_item_11_an_update_is_the_gradient_over_its_own_size(adapter):
     """S: AdamW with eps 1e-5 at one rate for all stages. A setting and no arithmetic, but for what such an update is: without decay
     the first step is lr · g/(|g| + ε), for g = 1 and lr 0.01 0.0099999; and for g = 1e-5 half of the rate, since ε is as large."""
     adam = need(adapter, "adam")
-    close(adam([1.0], 0.01, (0.9, 0.95), 1e-5), [-0.01 / (1 + 1e-5)], 1e-7)
-    close(adam([1e-5], 0.01, (0.9, 0.95), 1e-5)[0] / -0.005, 1.0, 1e-3)
+    assert_close(adam([1.0], 0.01, (0.9, 0.95), 1e-5), [-0.01 / (1 + 1e-5)], 1e-7)
+    assert_close(adam([1e-5], 0.01, (0.9, 0.95), 1e-5)[0] / -0.005, 1.0, 1e-3)
 
 
 def test_item_12_the_same_batch_twice_gives_the_same_bits(adapter):
@@ -150,4 +150,4 @@ def test_item_12_the_same_batch_twice_gives_the_same_bits(adapter):
 
 def test_the_suites_own_differences_are_right():
     """d/dx of x₀²·x₁ at (3, 2): (12, 9)."""
-    close(differences(lambda x: x[0] ** 2 * x[1], tensor(3, 2)), [12, 9], 1e-7)
+    assert_close(differences(lambda x: x[0] ** 2 * x[1], tensor(3, 2)), [12, 9], 1e-7)

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from .contract import close, mask_of, need, ones, tensor
+from .contract import assert_close, mask_of, need, ones, tensor
 
 PUBLISHED = [0.0508, 0.4381, 0.8254, 1.2127, 1.6, 1.9873, 2.3746, 2.7619, 3.1492]  # B, of 1.2, 1.3, … 2.0
 RUBBISH = (0.0, 7.0, -300.0)  # what a padded position may hold
@@ -37,7 +37,7 @@ def test_item_22_log_probs_are_those_of_the_logits_over_the_temperature(adapter,
     for b in range(2):
         for t in range(3):
             z = [x / temperature for x in logits[b, t].tolist()]
-            close(found[b, t], z[ids[b, t]] - math.log(sum(map(math.exp, z))))
+            assert_close(found[b, t], z[ids[b, t]] - math.log(sum(map(math.exp, z))))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -45,7 +45,7 @@ def test_item_22_a_token_is_trained_at_the_temperature_it_was_sampled_at(adapter
     """B, T. The sampler's log-probs are the trainer's at that temperature, and not at another."""
     generate, logprobs = need(adapter, "generate", "logprobs")
     for ids, sampled, _ in generate([[3, 5, 8]], 6, 4, temperature=temperature):
-        close(sampled, logprobs([[3, 5, 8] + ids], temperature)[0][2:], 1e-4)
+        assert_close(sampled, logprobs([[3, 5, 8] + ids], temperature)[0][2:], 1e-4)
         assert max(abs(a - b) for a, b in zip(sampled, logprobs([[3, 5, 8] + ids], 0.85)[0][2:])) > 1e-3
 
 
@@ -68,7 +68,7 @@ def test_item_24_a_value_function_starts_at_zero_or_at_the_scores(adapter):
     start = need(adapter, "initial_values")
     assert all(v == 0 for row in start(SEQUENCES, "zero")[0] for v in row)
     values, scores = start(SEQUENCES, "reward")
-    close([row[-1] for row in values], scores, 1e-5)
+    assert_close([row[-1] for row in values], scores, 1e-5)
 
 
 def test_item_25_policy_and_value_model_are_two_networks(adapter):
@@ -121,8 +121,8 @@ def test_item_30_every_token_pays_beta_times_its_log_ratio_and_the_last_has_the_
     finds improbable pays: the sum is score − β · Σ log π/π_ref."""
     (logprobs, mask), (ref, _) = padded(LOGPROBS, 4, rest), padded(REFERENCE, 4, rest)
     found = need(adapter, "token_rewards")(SCORES, logprobs, ref, mask, 0.5)
-    close(found.masked_fill(~mask, 0), [[-0.5, 0.5, 10.0, 0.0], [19.0, 0.0, 0.0, 0.0]])
-    close(found.sum(1), [10.0 - 0.5 * 0.0, 20.0 - 0.5 * 2.0])
+    assert_close(found.masked_fill(~mask, 0), [[-0.5, 0.5, 10.0, 0.0], [19.0, 0.0, 0.0, 0.0]])
+    assert_close(found.sum(1), [10.0 - 0.5 * 0.0, 20.0 - 0.5 * 2.0])
 
 
 @pytest.mark.parametrize("T", [5, 6, 9])
@@ -132,7 +132,7 @@ def test_item_31_the_score_is_worth_all_of_itself_at_the_end_of_turn_action(adap
     token_rewards, gae = need(adapter, "token_rewards", "gae")
     mask, zeros = mask_of([5], T), torch.zeros(1, T, dtype=torch.float64)
     advantages, _ = gae(token_rewards(tensor(1), zeros, zeros, mask, 0.1), zeros, mask, 1.0, 0.95)
-    close(advantages[0, :5], [0.95**4, 0.95**3, 0.95**2, 0.95, 1.0])
+    assert_close(advantages[0, :5], [0.95**4, 0.95**3, 0.95**2, 0.95, 1.0])
 
 
 def test_item_32_each_mask_covers_what_it_says(adapter):
@@ -142,8 +142,8 @@ def test_item_32_each_mask_covers_what_it_says(adapter):
     gae, mask = need(adapter, "gae"), mask_of([3], 5)
     for rest in RUBBISH:
         advantages, returns = gae(padded([[1.0, 2.0, 4.0]], 5, 0.0)[0], padded([[3.0, 5.0, 7.0]], 5, rest)[0], mask, 1.0, 0.5)
-        close(advantages[mask], [4.25, 2.5, -3.0])
-        close(returns[mask], [7.25, 7.5, 4.0])
+        assert_close(advantages[mask], [4.25, 2.5, -3.0])
+        assert_close(returns[mask], [7.25, 7.5, 4.0])
 
 
 @pytest.mark.parametrize("rest", RUBBISH)
@@ -153,7 +153,7 @@ def test_item_33_padding_enters_no_entropy_and_no_divergence(adapter, rest):
     entropy = need(adapter, "entropy")
     logits = tensor([[0, 0, 0], [0, 0, -800], [rest, 0, 0], [rest, 0, 0]])
     found = entropy(logits, mask_of([2], 4))
-    close(found, (math.log(3) + math.log(2)) / 2, 1e-6)
+    assert_close(found, (math.log(3) + math.log(2)) / 2, 1e-6)
     assert float(found) >= 0
 
 
@@ -173,14 +173,14 @@ def test_item_34_whitening_uses_the_population_variance_and_keeps_or_removes_the
     the published .0508 … 3.1492; advantages lose it: the same less 1.6. With ddof 1 the ends would be .1393 and 3.0607."""
     whiten = need(adapter, "whiten")
     x, mask = padded([[1.2, 1.3, 1.4, 1.5], [1.6, 1.7, 1.8, 1.9, 2.0]], 7, rest)
-    close(whiten(x, mask, True)[mask], [p - 1.6 for p in PUBLISHED], 6e-5)
-    close(whiten(x, mask, False)[mask], PUBLISHED, 6e-5)
+    assert_close(whiten(x, mask, True)[mask], [p - 1.6 for p in PUBLISHED], 6e-5)
+    assert_close(whiten(x, mask, False)[mask], PUBLISHED, 6e-5)
 
 
 def test_item_34_whitened_numbers_have_mean_0(adapter):
     """The same without asking for a variance: torchtune's whiten(shift_mean=True) adds the mean again."""
     x, mask = padded([[1.2, 1.3, 1.4, 1.5], [1.6, 1.7, 1.8, 1.9, 2.0]], 7, 5.0)
-    close(need(adapter, "whiten")(x, mask, True)[mask].mean(), 0.0, 1e-6)
+    assert_close(need(adapter, "whiten")(x, mask, True)[mask].mean(), 0.0, 1e-6)
 
 
 @pytest.mark.parametrize("rest", RUBBISH)
@@ -190,8 +190,8 @@ def test_item_34_advantages_are_whitened_over_the_actions_alone(adapter, rest):
     found = need(adapter, "advantages")(*[padded(rows, 5, r)[0] for rows, r in (([[0.0, 0.0, 1.0], [2.0]], 0.0), ([[0.0] * 3, [0.0]], rest))],
                                         mask_of([3, 1], 5), 1.0, 1.0)
     mask = mask_of([3, 1], 5)
-    close(found[mask].mean(), 0.0, 1e-6)
-    close(found[1, 0] / found[0, 0], -3.0, 1e-6)
+    assert_close(found[mask].mean(), 0.0, 1e-6)
+    assert_close(found[1, 0] / found[0, 0], -3.0, 1e-6)
 
 
 def test_item_35_too_few_rewards_to_whiten_do_no_harm(adapter):
@@ -199,8 +199,8 @@ def test_item_35_too_few_rewards_to_whiten_do_no_harm(adapter):
     finite, and 0 where the mean is removed."""
     whiten = need(adapter, "whiten")
     for x in (tensor([3.0]), tensor([3.0, 3.0, 3.0])):
-        close(whiten(x, ones(*x.shape), True), torch.zeros_like(x))
-        close(whiten(x, ones(*x.shape), False), x)
+        assert_close(whiten(x, ones(*x.shape), True), torch.zeros_like(x))
+        assert_close(whiten(x, ones(*x.shape), False), x)
 
 
 def test_item_36_whitening_by_minibatch_and_by_batch_are_one_where_there_is_one_minibatch(adapter):
@@ -208,7 +208,7 @@ def test_item_36_whitening_by_minibatch_and_by_batch_are_one_where_there_is_one_
     weights = need(adapter, "ppo_weights")
     one = [weights(minibatches=1, whiten_advantages=how) for how in ("batch", "minibatch")]
     two = [weights(minibatches=2, whiten_advantages=how) for how in ("batch", "minibatch")]
-    close(one[0], one[1], 1e-9)
+    assert_close(one[0], one[1], 1e-9)
     assert float((two[0] - two[1]).abs().max()) > 1e-6
 
 
@@ -227,8 +227,8 @@ def test_item_37_and_38_advantages_are_the_double_sum_and_returns_are_values_mor
     values, _ = padded([v for _, v in EPISODES], 6, rest)
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     expected = [a for r, v in EPISODES for a in gae_by_sums(r, v, gamma, lam)]
-    close(advantages[mask], expected)
-    close(returns[mask], [a + v for a, v in zip(expected, [x for _, row in EPISODES for x in row])])
+    assert_close(advantages[mask], expected)
+    assert_close(returns[mask], [a + v for a, v in zip(expected, [x for _, row in EPISODES for x in row])])
 
 
 def test_item_37_advantages_are_constants_to_the_loss(adapter):
@@ -242,5 +242,5 @@ def test_item_38_lambda_1_is_reward_to_go_less_the_value(adapter):
     """Rewards 1, 2, 4, values 5, 6, 7: to go 7, 6, 4. With λ = 0 one step: 1 + 6 − 5, 2 + 7 − 6, 4 − 7."""
     gae = need(adapter, "gae")
     given = tensor([1, 2, 4]), tensor([5, 6, 7]), ones(1, 3)
-    close(gae(*given, 1.0, 1.0)[0], [[2, 0, -3]])
-    close(gae(*given, 1.0, 0.0)[0], [[2, 3, -3]])
+    assert_close(gae(*given, 1.0, 1.0)[0], [[2, 0, -3]])
+    assert_close(gae(*given, 1.0, 0.0)[0], [[2, 3, -3]])

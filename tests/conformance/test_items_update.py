@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from .contract import close, differences, gradient, mask_of, need, ones, tensor
+from .contract import assert_close, differences, gradient, mask_of, need, ones, tensor
 
 
 def padded_terms():
@@ -23,7 +23,7 @@ def padded_terms():
 def test_item_39_micro_batches_make_the_step_that_the_batch_makes(adapter, micro):
     """O. Two passes of two optimiser steps over 12 episodes of unlike lengths, in fp64: the same weights."""
     weights = need(adapter, "ppo_weights")
-    close(weights(micro_episodes=micro), weights(), 1e-9)
+    assert_close(weights(micro_episodes=micro), weights(), 1e-9)
 
 
 def test_beyond_the_items_a_resumed_run_is_the_run_to_the_bit(adapter):
@@ -44,8 +44,8 @@ def test_item_40_at_ratio_1_the_loss_is_minus_the_mean_advantage(adapter):
     """Nothing is clipped: −(1 − 2 + 4)/3, gradient −A/3."""
     x = tensor([-1, -2, -3])
     loss, grad = gradient(lambda l: need(adapter, "policy_loss")(l, x, tensor([1, -2, 4]), ones(1, 3), 0.2), x)
-    close(loss, -1.0, 1e-6)
-    close(grad, [[-1 / 3, 2 / 3, -4 / 3]], 1e-6)
+    assert_close(loss, -1.0, 1e-6)
+    assert_close(grad, [[-1 / 3, 2 / 3, -4 / 3]], 1e-6)
 
 
 # --- the losses ----------------------------------------------------------------------------------------------------
@@ -60,8 +60,8 @@ def test_item_41_the_clipped_loss_for_every_side_and_sign(adapter, ratio, advant
     given = [tensor([x, 5.0, 5.0], dtype=dtype) for x in (math.log(ratio) - 2, -2.0, advantage)]
     given[1][0, 1:] = 0
     found, grad = gradient(lambda l: need(adapter, "policy_loss")(l, given[1], given[2], mask_of([1], 3), 0.2), given[0])
-    close(found, loss, near)
-    close(grad, [[pull, 0.0, 0.0]], near)
+    assert_close(found, loss, near)
+    assert_close(grad, [[pull, 0.0, 0.0]], near)
 
 
 @pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
@@ -71,8 +71,8 @@ def test_item_42_the_value_is_clipped_around_its_old_self(adapter, value, loss, 
     ½·2²; ½·1.5²."""
     given = [tensor([x, 5.0], dtype=dtype) for x in (value, 0.0, 1.0)]
     found, grad = gradient(lambda v: need(adapter, "value_loss")(v, given[1], given[2], mask_of([1], 2), 0.2), given[0])
-    close(found, loss, near)
-    close(grad, [[pull, 0.0]], near)
+    assert_close(found, loss, near)
+    assert_close(grad, [[pull, 0.0]], near)
 
 
 def test_item_43_the_kl_coefficient_follows_its_rule(adapter):
@@ -80,7 +80,7 @@ def test_item_43_the_kl_coefficient_follows_its_rule(adapter):
     update, beta = need(adapter, "kl_controller")(0.15, 6.0, 10_000), 0.15
     for kl, factor in ((12.0, 1.01024), (6.6, 1.00512), (6.0, 1.0), (0.0, 0.98976), (-3.0, 0.98976)):
         beta *= factor
-        close(update(kl, 512), beta)
+        assert_close(update(kl, 512), beta)
 
 
 def adam_by_loops(gradients, lr, betas, eps, hat):
@@ -116,18 +116,18 @@ def test_item_45_figures_of_the_update_do_not_see_padding(adapter, T):
     expected = {"approx_kl": (math.log(1.5) ** 2 + math.log(2) ** 2) / 6, "clip_fraction": 1 / 3, "ratio_mean": 1.0}
     assert set(found) <= set(expected) and found
     for name, value in found.items():
-        close(value, expected[name], 1e-6)
+        assert_close(value, expected[name], 1e-6)
 
 
 def test_item_45_a_mean_over_tokens_does_not_see_padding(adapter):
     x, mask = padded_terms()
-    close(need(adapter, "masked_mean")(x, mask), 5.5, 1e-6)
+    assert_close(need(adapter, "masked_mean")(x, mask), 5.5, 1e-6)
 
 
 def test_item_46_score_divergence_and_their_difference_are_told_apart(adapter):
     """B. reward = score − β·KL in every row, the score without the penalty; β is the one that the step used."""
     for row in need(adapter, "ppo_rows")(steps=2):
-        close(row["reward"], row["score"] - row["kl_coef"] * row["kl"], 1e-6)
+        assert_close(row["reward"], row["score"] - row["kl_coef"] * row["kl"], 1e-6)
     assert row["kl"] != 0
 
 
@@ -151,30 +151,30 @@ def test_item_47_k1_and_k3_have_the_divergence_for_mean_and_k2_is_half_the_squar
     """Schulman 2020. Over all fifty choices, by loops. KL(π‖ref), not KL(ref‖π), and not with the sign turned."""
     kl, exact = need(adapter, "kl"), kl_of_logits(POLICY, REFERENCE)
     assert abs(exact - kl_of_logits(REFERENCE, POLICY)) > 0.01
-    close(expected_pull(kl, "k1")[0], exact)
-    close(expected_pull(kl, "k3")[0], exact)
+    assert_close(expected_pull(kl, "k1")[0], exact)
+    assert_close(expected_pull(kl, "k3")[0], exact)
     p, q = POLICY.softmax(0).tolist(), REFERENCE.softmax(0).tolist()
-    close(expected_pull(kl, "k2")[0], sum(a * 0.5 * math.log(a / b) ** 2 for a, b in zip(p, q)))
+    assert_close(expected_pull(kl, "k2")[0], sum(a * 0.5 * math.log(a / b) ** 2 for a, b in zip(p, q)))
 
 
 def test_item_47_as_losses_k1_pulls_nowhere_k2_as_the_divergence_k3_as_the_forward_one(adapter):
     """T (OpenRLHF #1309). Against central differences of the two divergences, themselves loops over all choices."""
     kl = need(adapter, "kl")
-    close(expected_pull(kl, "k1")[1], torch.zeros(50))
-    close(expected_pull(kl, "k2")[1], differences(lambda z: kl_of_logits(z, REFERENCE), POLICY), 1e-8)
-    close(expected_pull(kl, "k3")[1], differences(lambda z: kl_of_logits(REFERENCE, z), POLICY), 1e-8)
+    assert_close(expected_pull(kl, "k1")[1], torch.zeros(50))
+    assert_close(expected_pull(kl, "k2")[1], differences(lambda z: kl_of_logits(z, REFERENCE), POLICY), 1e-8)
+    assert_close(expected_pull(kl, "k3")[1], differences(lambda z: kl_of_logits(REFERENCE, z), POLICY), 1e-8)
 
 
 def test_item_47_the_divergence_over_the_vocabulary_is_exact(adapter):
     found = need(adapter, "exact_kl")(torch.stack([POLICY, REFERENCE]), torch.stack([REFERENCE, POLICY]))
-    close(found, [kl_of_logits(POLICY, REFERENCE), kl_of_logits(REFERENCE, POLICY)])
+    assert_close(found, [kl_of_logits(POLICY, REFERENCE), kl_of_logits(REFERENCE, POLICY)])
 
 
 @pytest.mark.parametrize("sizes", [[4], [2, 2], [1, 3], [1, 1, 1, 1]])
 def test_item_48_a_loss_over_tokens_does_not_depend_on_how_the_batch_is_cut(adapter, sizes):
     """T (nanochat #59, transformers #35203). 55 over 10 tokens, however many responses a micro-batch holds. The mean of the
     micro-batches' means would be 5.0625 for 2 + 2 and 5.1875 for four."""
-    close(need(adapter, "accumulated_loss")(*padded_terms(), sizes), 5.5, 1e-6)
+    assert_close(need(adapter, "accumulated_loss")(*padded_terms(), sizes), 5.5, 1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -185,13 +185,13 @@ def test_item_49_log_probs_of_a_filtered_sampler_are_renormalised(adapter, k):
     kept = sorted(every)[-k:]
     for ids, sampled, _ in generate([[3, 5, 8]], 1, 50, top_k=k):
         assert every[ids[0]] in kept
-        close(sampled[0], every[ids[0]] - math.log(sum(map(math.exp, kept))), 1e-4)
+        assert_close(sampled[0], every[ids[0]] - math.log(sum(map(math.exp, kept))), 1e-4)
 
 
 def test_item_49_importance_weights_make_up_for_the_sampler_up_to_the_cap(adapter):
     """Chances ½, 0.3, 0.2 of the trainer over ¼, 0.6, 0.02 of the sampler, cap 3: 2, ½, 3."""
     found = need(adapter, "importance_weights")(tensor(0.5, 0.3, 0.2).log(), tensor(0.25, 0.6, 0.02).log(), 3.0)
-    close(found, [2.0, 0.5, 3.0])
+    assert_close(found, [2.0, 0.5, 3.0])
 
 
 def test_item_50_the_ids_that_were_sampled_are_the_ids_that_are_trained_on(adapter):
@@ -217,7 +217,7 @@ def test_item_52_log_probs_of_bf16_logits_are_sums_in_fp32(adapter):
     logits = (torch.arange(4000).view(1, 4, 1000) * 0.37).sin().mul(5).to(torch.bfloat16)
     ids = torch.tensor([[0, 17, 500, 999]])
     exact = logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    close(need(adapter, "token_logprobs")(logits, ids, 1.0).double(), exact, 1e-4)
+    assert_close(need(adapter, "token_logprobs")(logits, ids, 1.0).double(), exact, 1e-4)
 
 
 def test_item_53_the_divergence_of_the_best_of_n_is_log_n_less_a_share(adapter):
@@ -225,7 +225,7 @@ def test_item_53_the_divergence_of_the_best_of_n_is_log_n_less_a_share(adapter):
     u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
     for n in (1, 2, 16, 64):
         density = n * u ** (n - 1)
-        close(need(adapter, "best_of_n_kl")(n), float(torch.special.xlogy(density, density).mean()), 1e-4)
+        assert_close(need(adapter, "best_of_n_kl")(n), float(torch.special.xlogy(density, density).mean()), 1e-4)
 
 
 def test_item_54_the_reference_stays_and_the_divergence_starts_at_exactly_0(adapter):
