@@ -49,8 +49,8 @@ class Group:
 def pretty_title(slug):
     """A title from the corpus's file-name form.
 
-    >>> pretty_title("lord_of_the_rings_the"), pretty_title("pok%e9mon_the_4th_movie"), pretty_title("rko_281")
-    ('The Lord of the Rings', 'Pokémon the 4th Movie', 'RKO 281')
+    >>> pretty_title("lord_of_the_rings_the"), pretty_title("pok%e9mon_the_4th_movie"), pretty_title("tmnt")
+    ('The Lord of the Rings', 'Pokémon the 4th Movie', 'TMNT')
     """
     parts = [part for part in unquote(slug, encoding="latin-1").lower().split("_") if part]
     if len(parts) > 1 and parts[-1] in ("the", "a", "an"):
