@@ -1,6 +1,8 @@
-"""Batched decoding with a key/value cache."""
+"""Batched decoding over a paged cache of keys and values."""
 
-from .generate import Completion, generate
+from .engine import Engine
+from .generate import generate
+from .request import Completion, Handle, Request
 from .sample import SamplingConfig
 
-__all__ = ["Completion", "SamplingConfig", "generate"]
+__all__ = ["Completion", "Engine", "Handle", "Request", "SamplingConfig", "generate"]
