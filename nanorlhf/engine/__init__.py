@@ -2,7 +2,7 @@
 
 from .engine import Engine
 from .generate import generate
-from .request import Completion, Handle, Request
+from .request import Completion, Constraint, Handle, Request
 from .sample import SamplingConfig
 
-__all__ = ["Completion", "Engine", "Handle", "Request", "SamplingConfig", "generate"]
+__all__ = ["Completion", "Constraint", "Engine", "Handle", "Request", "SamplingConfig", "generate"]

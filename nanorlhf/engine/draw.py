@@ -27,7 +27,9 @@ def draw(model: Model, head: Tensor, hidden: Tensor, batch: Batch, low: int, hig
     if shaped or batch.flags & (columns.ENTROPY | columns.TOP):
         divisor = batch.on_device(batch.reals[columns.TEMPERATURE, low:high].copy())[:, None].float()
         policy = (raw / divisor.masked_fill(divisor == 0, 1)).log_softmax(-1)
-        unfiltered = policy.gather(1, tokens[:, None]).squeeze(1)
+    if shaped:
+        altered = batch.on_device(batch.ints[columns.FLAGS, low:high] & (columns.PENALISED | columns.BIASED)) > 0
+        unfiltered = torch.where(altered, policy.gather(1, tokens[:, None]).squeeze(1), unfiltered)
     if fixed:
         logprobs, unfiltered = _as_trained(model, hidden, batch, low, high, tokens, logprobs, unfiltered)
     marks, top = [logprobs, unfiltered, kept], None

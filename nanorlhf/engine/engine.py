@@ -47,6 +47,7 @@ class Engine:
         self.tree = PrefixTree(self.pool)
         self.waiting: Deque[Handle] = deque()
         self.batch = Batch(slots, model.config.context, model.config.vocab_size, pages, page_size, model.device)
+        self.window = WINDOW if model.device.type == "cuda" else 1
         self._weights = list(model.parameters())
         self._casts: dict = {}
         self._known: Optional[tuple] = None
@@ -178,8 +179,8 @@ class Engine:
                 break
             batch = self.batch
             batch.compose()
-            if not drawn and self.model.device.type == "cuda" and not batch.flags & columns.ATTENDED:
-                window = max(1, min(WINDOW, int((batch.ints[columns.ROOM] - batch.ints[columns.STEP])[:batch.size].min()) - 1))
+            if not drawn and self.window > 1 and not batch.flags & columns.ATTENDED:
+                window = max(1, min(self.window, int((batch.ints[columns.ROOM] - batch.ints[columns.STEP])[:batch.size].min()) - 1))
             positions, slots, rows = batch.advance()
             drawn.append(self._draw(self.cache.forward(self.model, batch.token[:batch.size], positions, slots, rows=rows), 0))
         if drawn:

@@ -47,7 +47,7 @@ def plan_next(waiting: Deque[Handle], slots: int, tokens: int, pool: PagePool, t
                 break
             table = np.concatenate((matched, fresh))
             if keep:
-                tree.insert(context, table)
+                tree.insert(context[:-1], table)  # what match looked for: all of it is known or new, and none is another's
             plan = plans[context.tobytes()] = Plan(context, len(matched))
             tokens -= len(context) - len(matched) * pool.size
         plan.handles.append(waiting.popleft())
