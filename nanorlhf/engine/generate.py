@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..model import Model
 from .cache import KVCache
-from .sample import SamplingConfig
+from .sample import Sampler, SamplingConfig
 
 
 @dataclass
@@ -74,13 +74,16 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
         cache.select(requests // n)
         hidden = hidden[requests // n]
     fixed = ops.backend.is_deterministic()
-    policy = fixed and sampling.temperature > 0 and (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1, 0)  # no filter
+    policy = fixed and sampling.temperature > 0 and sampling == SamplingConfig(sampling.temperature)  # no filter
     weight = model.head_weight.to(hidden.dtype)  # logits in fp32, as the training's loss has them
     weight = weight if fixed else weight.float()
+    sampler = None
     for step in range(max_new_tokens):
+        if sampler is None:
+            seen = [[*prompts[r // n], *results[first + r].ids] for r in requests.tolist()] if sampling.repetition_penalty != 1 else None
+            sampler = Sampler([sampling] * len(requests), seed, len(weight), seen, model.device)
         logits = ops.matmul(hidden, weight, dtype=torch.float32) if fixed else hidden.float() @ weight.T
-        drawn, logprobs, _ = ops.sample(logits, seed, requests + first + stream, torch.full_like(requests, step),
-                                        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        drawn, logprobs, *_ = sampler.draw(logits, requests + first + stream, torch.full_like(requests, step))
         if policy:  # to the last bit what training will find
             logprobs = ops.token_logprobs(hidden, model.head_weight, drawn, sampling.temperature)[0]
         alive = _record(results, room, first, requests.tolist(), drawn.tolist(), logprobs.tolist(), stop, on_token)
@@ -88,7 +91,7 @@ def _decode(model: Model, prompts, first: int, results: List[Completion], max_ne
             return
         if len(alive) < len(requests) and (len(alive) <= 0.8 * len(requests) or len(requests) <= 8):
             rows = torch.tensor(alive, device=model.device)
-            requests, drawn = requests[rows], drawn[rows]
+            requests, drawn, sampler = requests[rows], drawn[rows], None
             cache.select(rows)
         hidden = cache.step(model, drawn)
 
