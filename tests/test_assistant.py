@@ -6,10 +6,10 @@ import torch
 
 import nanorlhf as nr
 from nanorlhf import assistant as room
-from nanorlhf import chat
+from nanorlhf import chat, ops
 from nanorlhf.assistant import Assistant, load
 from nanorlhf.checkpoint import save_model
-from nanorlhf.engine import SamplingConfig, draw
+from nanorlhf.engine import SamplingConfig
 from nanorlhf.engine.generate import ragged
 from tiny import byte_tokenizer, model
 
@@ -31,12 +31,12 @@ def scripted(monkeypatch, *texts):
         asked.update(prompts=prompts, max_new_tokens=max_new_tokens, n=n, stop=set(stop), sampling=sampling, seed=seed, **more)
         return generate(model, prompts, max_new_tokens, n, stop, sampling, seed, **more)
 
-    def drawn(logits, seed, requests, steps, *_):
+    def drawn(logits, seed, requests, steps, **_):
         zeros = torch.zeros(len(logits))
         return torch.tensor([scripts[r][s] for r, s in zip(requests, steps)]), zeros, zeros, zeros
 
     monkeypatch.setattr(room, "generate", listening)
-    monkeypatch.setattr(draw, "sample", drawn)
+    monkeypatch.setattr(ops, "sample", drawn)
     return asked
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from .cache import Rows
 from .request import Handle
+from .sample import Sampler
 
-# Columns of ``ints``. The first four are of the row's last token in the cache and of the last one drawn; a step adds 1 to each.
-POSITION, LENGTH, SLOT, STEP, ROOM, RECORD, USED, STOPS, FLAGS, SEED, STREAM, TOP_K = range(12)
-TEMPERATURE, TOP_P, MIN_P, PENALTY = range(4)  # of ``reals``
-PENALISED, BIASED, CONSTRAINED, ENTROPY, TOP, ATTENDED = (1 << i for i in range(6))  # bits of FLAGS
+# Rows of ``ints``. The first four are of the row's last token in the cache and of the last one drawn; a step adds 1 to each.
+POSITION, LENGTH, SLOT, STEP, ROOM, RECORD, USED, STOPS, FLAGS, STREAM = range(10)
+CONSTRAINED, ENTROPY, TOP, ATTENDED = (1 << i for i in range(4))  # bits of FLAGS
 SPARE = 4  # columns of page tables that are kept free, so that they are rarely made anew
 
 
@@ -23,15 +23,14 @@ class Batch:
     def __init__(self, slots: int, context: int, vocab_size: int, pages: int, page_size: int, device: torch.device):
         self.slots, self.vocab_size, self.page_count, self.page_size, self.device = slots, vocab_size, pages, page_size, device
         self.handles: List[Handle] = []
-        self.ints, self.reals = np.zeros((12, slots), np.int64), np.ones((4, slots))
+        self.ints = np.zeros((10, slots), np.int64)
         self.table = np.zeros((slots, -(-context // page_size)), np.int32)
         self.ids, self.marks = np.empty((slots, context), np.int64), np.empty((4, slots, context), np.float32)
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.seen: Optional[Tensor] = None  # (slots, V) bool by RECORD: tokens that have been, where a penalty asks
         self._free = list(range(slots))[::-1]
         self._stops: Dict[FrozenSet[int], int] = {}
         self.stop_bits = np.zeros((0, vocab_size), bool)
-        self.changed = True
+        self.changed, self._sampler = True, None
 
     @property
     def size(self) -> int:
@@ -42,25 +41,17 @@ class Batch:
 
     def join(self, handle: Handle, pages: np.ndarray, length: int) -> None:
         """A row whose ``length`` tokens are in these pages; its next token is about to be drawn."""
-        r, request, s = self.size, handle.request, handle.request.sampling
-        record, drawn = self._free.pop(), len(handle.drawn)
+        r, request, record, drawn = self.size, handle.request, self._free.pop(), len(handle.drawn)
         slot = int(pages[(length - 1) // self.page_size]) * self.page_size + (length - 1) % self.page_size
-        flags = (PENALISED * (s.repetition_penalty != 1) | BIASED * bool(s.logit_bias) | CONSTRAINED * (request.constraint is not None)
-                 | ENTROPY * request.entropy | TOP * (request.top_logprobs > 0) | ATTENDED * handle.attended)
-        seed, stream = (x & (1 << 64) - 1 for x in (request.seed, request.stream))
+        flags = (CONSTRAINED * (request.constraint is not None) | ENTROPY * request.entropy | TOP * (request.top_logprobs > 0)
+                 | ATTENDED * handle.attended)
         self.ints[:, r] = (length - 1, 0, slot, drawn, handle.room, record, len(pages), self._stop_index(frozenset(request.stop)), flags,
-                           *(x - (1 << 64) if x >> 63 else x for x in (seed, stream)), s.top_k)
-        self.reals[:, r] = s.temperature, s.top_p, s.min_p, s.repetition_penalty
+                           (request.stream + (1 << 63)) % (1 << 64) - (1 << 63))
         self.table[r, :len(pages)] = pages
         if drawn:
             self.ids[record, :drawn], self.marks[:, record, :drawn] = handle.drawn, handle.marks
-        if flags & PENALISED:
-            if self.seen is None:
-                self.seen = torch.zeros(self.slots, self.vocab_size, dtype=torch.bool, device=self.device)
-            self.seen[record] = False
-            self.seen[record, self.on_device(handle.context())] = True
         self.handles.append(handle)
-        self.changed = True
+        self.changed, self._sampler = True, None
 
     def _stop_index(self, stop: FrozenSet[int]) -> int:
         if not self.handles and len(self._stops) > 64:
@@ -85,11 +76,10 @@ class Batch:
         gone[rows] = False
         self._free += self.ints[RECORD, :self.size][gone].tolist()
         self.handles = [self.handles[r] for r in rows]
-        for array in (self.ints, self.reals):
-            array[:, :len(rows)] = array[:, rows]
+        self.ints[:, :len(rows)] = self.ints[:, rows]
         self.table[:len(rows)] = self.table[rows]
         self.token[:len(rows)] = self.token[self.on_device(rows)]
-        self.changed = True
+        self.changed, self._sampler = True, None
 
     def full(self) -> np.ndarray:
         """Rows whose next token needs a new page."""
@@ -110,7 +100,7 @@ class Batch:
                 self.changed = True
 
     def compose(self) -> None:
-        """What holds as long as the rows are the same: shared prefixes, page tables, settings."""
+        """What holds as long as the rows are the same: shared prefixes, and page tables."""
         if not self.changed:
             return
         B, table = self.size, self.table[:self.size]
@@ -125,7 +115,6 @@ class Batch:
             depth = self.depth[leaders].astype(np.int32)
             self.prefix = tuple(self.on_device(x) for x in (table[leaders, :depth.max()].copy(), depth * self.page_size, owner))
         self.flags = int(np.bitwise_or.reduce(ints[FLAGS]))
-        self.settings = self.settings_of(0, B)
         self.attended = np.flatnonzero(ints[FLAGS] & ATTENDED).tolist()
         self.changed = False
 
@@ -136,19 +125,26 @@ class Batch:
         lengths = self.on_device(ints[LENGTH]).int()
         return self.on_device(ints[POSITION]), self.on_device(ints[SLOT]), Rows(self.own_pages, lengths, self.prefix)
 
-    def settings_of(self, low: int, high: int) -> tuple:
-        """(seed, streams, temperature, top_k, top_p, min_p) of some rows as ops.sample takes them: one number where all agree."""
-        ints, reals = self.ints[:, low:high], self.reals[:, low:high]
-        one = lambda x: x[0].item() if (x == x[0]).all() else self.on_device(x.copy())
-        return (one(ints[SEED]), self.on_device(ints[STREAM].copy()), one(reals[TEMPERATURE]), one(ints[TOP_K]), one(reals[TOP_P]),
-                one(reals[MIN_P]))
+    def sampler_from(self, low: int) -> Tuple[Sampler, Tensor]:
+        """What draws for the rows from ``low`` on, about to draw, and their streams (R,)."""
+        if low == 0 and self._sampler is not None:
+            return self._sampler
+        requests, steps, seen = [h.request for h in self.handles[low:]], self.ints[STEP, low:self.size].tolist(), None
+        if any(r.sampling.repetition_penalty != 1 for r in requests):
+            seen = [np.concatenate((h.prompt, self.drawn(low + i, steps[i])[0])) for i, h in enumerate(self.handles[low:])]
+        seeds = [r.seed for r in requests]
+        sampler = Sampler([r.sampling for r in requests], seeds[0] if len(set(seeds)) == 1 else seeds, self.vocab_size, seen, self.device)
+        made = sampler, self.on_device(self.ints[STREAM, low:self.size].copy())
+        if low == 0:
+            self._sampler = made
+        return made
 
-    def mask(self, low: int, high: int) -> Optional[Tensor]:
-        """(rows, ceil(V / 32)) int32 of the constraints; None where there is none."""
-        rows = np.flatnonzero(self.ints[FLAGS, low:high] & CONSTRAINED)
+    def mask(self, low: int) -> Optional[Tensor]:
+        """(R, ceil(V / 32)) int32 of the constraints of the rows from ``low`` on; None where there is none."""
+        rows = np.flatnonzero(self.ints[FLAGS, low:self.size] & CONSTRAINED)
         if not len(rows):
             return None
-        mask = np.full((high - low, -(-self.vocab_size // 32)), -1, np.int32)
+        mask = np.full((self.size - low, -(-self.vocab_size // 32)), -1, np.int32)
         for r in rows:
             mask[r] = self.handles[low + r].mask
         return self.on_device(mask)

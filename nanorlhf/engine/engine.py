@@ -74,6 +74,9 @@ class Engine:
             raise ValueError("engine: stop_text and on_text need an engine with a tokenizer")
         if request.constraint is not None and request.constraint.vocab_size != vocab_size:
             raise ValueError(f"engine: a constraint over {request.constraint.vocab_size} tokens does not fit a model of {vocab_size}")
+        biased = max((i for i, _ in request.sampling.logit_bias), default=0)
+        if biased >= vocab_size:
+            raise ValueError(f"engine: logit_bias names id {biased}; the model has {vocab_size}")
         handle = Handle(request, room, TextStream(self.tokenizer, request.stop_text) if text else None)
         self.waiting.append(handle)
         return handle
@@ -166,10 +169,8 @@ class Engine:
 
     def _draw(self, hidden: Tensor, low: int):
         batch = self.batch
-        tokens, marks, top = draw(self.model, self._head, hidden, batch, low, batch.size)
+        tokens, marks, top = draw(self.model, self._head, hidden, batch, low)
         batch.token[low:batch.size] = tokens
-        if batch.flags & columns.PENALISED:
-            batch.seen[batch.on_device(batch.ints[columns.RECORD, low:batch.size]), tokens] = True
         return tokens, marks, top
 
     def _decode(self) -> None:
@@ -249,7 +250,7 @@ class Engine:
         request, stop = handle.request, False
         try:
             if request.top_logprobs:
-                values, ids = (x[row, :request.top_logprobs].tolist() for x in top)
+                ids, values = (x[row, :request.top_logprobs].tolist() for x in top)
                 handle.top.append(list(zip(ids, values)))
             if request.on_token is not None:
                 request.on_token(token)

@@ -58,7 +58,7 @@ class Completion:
     logprobs: List[float] = field(default_factory=list)  # under what was drawn from: masked, filtered
     finished: bool = False  # it ended itself, by a stop token or a stop text
     finish_reason: str = field(default="", compare=False)  # stop, length or cancelled
-    unfiltered: List[float] = field(default_factory=list, compare=False)  # log-probs under softmax(logits / temperature)
+    unfiltered: List[float] = field(default_factory=list, compare=False)  # log-probs under softmax(logits / temperature), of softmax(logits) where that is 0
     kept: List[float] = field(default_factory=list, compare=False)  # the share of that which the constraint's mask allows
     entropy: List[float] = field(default_factory=list, compare=False)  # of that, in nats, if asked for
     top_logprobs: List[List[Tuple[int, float]]] = field(default_factory=list, compare=False)  # of that, if asked for

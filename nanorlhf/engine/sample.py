@@ -76,12 +76,14 @@ class Sampler:
         return drawn
 
     def _logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Of tokens that the rows with filters have drawn, under softmax(logits / temperature)."""
+        """Of tokens that the rows with filters have drawn, under softmax(logits / temperature); in fp64, so that it makes no difference
+        whether one temperature is all rows' or each row's own."""
         temperature = self.settings.get("temperature", 1.0)
         if isinstance(temperature, Tensor):
             temperature = temperature[self._filtered, None]
-            logits, temperature = logits.double() / temperature.masked_fill(temperature == 0, 1), 1.0
-        return ops.logits_logprobs(logits, tokens.clamp(min=0), temperature or 1.0)[0]
+            temperature = temperature.masked_fill(temperature == 0, 1)
+        return (logits.double() / (temperature if isinstance(temperature, Tensor) else temperature or 1)).log_softmax(-1).gather(
+            1, tokens.clamp(min=0)[:, None]).squeeze(1)
 
 
 def top_logprobs(logits: Tensor, k: int, **settings) -> tuple[Tensor, Tensor]:
