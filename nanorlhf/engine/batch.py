@@ -130,10 +130,12 @@ class Batch:
         if low == 0 and self._sampler is not None:
             return self._sampler
         requests, steps, seen = [h.request for h in self.handles[low:]], self.ints[STEP, low:self.size].tolist(), None
-        if any(r.sampling.repetition_penalty != 1 for r in requests):
+        configs, seeds = [r.sampling for r in requests], [r.seed for r in requests]
+        if any(c.repetition_penalty != 1 for c in configs):
             seen = [np.concatenate((h.prompt, self.drawn(low + i, steps[i])[0])) for i, h in enumerate(self.handles[low:])]
-        seeds = [r.seed for r in requests]
-        sampler = Sampler([r.sampling for r in requests], seeds[0] if len(set(seeds)) == 1 else seeds, self.vocab_size, seen, self.device)
+        elif not configs[0].logit_bias and all(c is configs[0] for c in configs):
+            configs = configs[:1]  # its settings are numbers, for however many rows
+        sampler = Sampler(configs, seeds[0] if len(set(seeds)) == 1 else seeds, self.vocab_size, seen, self.device)
         made = sampler, self.on_device(self.ints[STREAM, low:self.size].copy())
         if low == 0:
             self._sampler = made
