@@ -281,17 +281,39 @@ def test_an_error_of_one_request_ends_it_alone():
     assert empty(engine)
 
 
-def test_a_pass_that_fails_leaves_the_engine_as_it_was(monkeypatch):
-    net = model(1)
-    engine, expected = Engine(net, page_size=4), generate(net, [[1, 2, 3, 4, 5, 6]], 5, 2)
-    handles = [engine.submit(Request([1, 2, 3, 4, 5, 6], 5, stream=i)) for i in range(2)]
-    with monkeypatch.context() as broken:
-        broken.setattr(Model, "hidden", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine.step()
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_pass_that_fails_leaves_the_engine_as_it_was(monkeypatch, window):
+    """In the model and, because its states are no numbers, in the draw; each time a pass later."""
+    net, hidden, prompt = model(1), Model.hidden, [1, 2, 3, 4, 5, 6]
+    engine, expected = Engine(net, page_size=4), generate(net, [prompt, prompt[::-1]], 15, 2)
+    engine.window = window
+    handles = [engine.submit(Request(p, 15, stream=i)) for i, p in enumerate((prompt, prompt, prompt[::-1], prompt[::-1]))]
+    for good in range(4):
+        for error, broken in ((ZeroDivisionError, lambda: 1 / 0), (ValueError, lambda: torch.nan)):
+            calls = []
+
+            def failing(self, *args):
+                calls.append(0)
+                out = hidden(self, *args)
+                return out if len(calls) <= good else out * broken()
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Model, "hidden", failing)
+                with pytest.raises(error):
+                    while engine.step():
+                        pass
     while engine.step():
         pass
     assert [h.result().ids for h in handles] == [c.ids for c in expected] and empty(engine)
+
+
+def test_requests_of_a_run_that_fails_are_gone():
+    net = model(1)
+    engine = Engine(net)
+    net.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="row 0"):
+        engine.run([Request([1, 2], 3), Request([3], 3)])
+    assert empty(engine)
 
 
 def test_what_cannot_be_decoded_is_refused_in_one_sentence():

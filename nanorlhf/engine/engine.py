@@ -25,6 +25,7 @@ from .request import Completion, Handle, Request
 from .stops import TextStream
 
 WINDOW = 8  # steps between looks at what a GPU has drawn, where no request has to be looked at sooner
+POOL_BYTES = 1 << 31  # of a cache whose size is not asked for
 PREFILL_TOKENS = 4096  # prompts are run together up to about this many tokens
 
 
@@ -38,20 +39,27 @@ class Engine:
 
     def __init__(self, model: Model, tokenizer: Optional[Tokenizer] = None, slots: int = 64, pool_tokens: Optional[int] = None,
                  page_size: int = 16, keep: bool = True):
-        """pool_tokens: 8 contexts unless given. keep: whether prompts and continuations stay for later requests to go on from."""
+        """pool_tokens: 8 contexts, as far as POOL_BYTES go, unless given. keep: whether prompts and continuations stay for later requests to go on from."""
         self.model, self.tokenizer, self.keep = model, tokenizer, keep
-        pages = -(-(8 * model.config.context if pool_tokens is None else pool_tokens) // page_size)
+        c = model.config
+        if pool_tokens is None:
+            pool_tokens = min(8 * c.context, POOL_BYTES // (2 * c.layers * c.kv_heads * c.head_size * model.compute_dtype.itemsize))
+        pages = -(-pool_tokens // page_size)
         if slots < 1 or pages < 1 or page_size < 1:
             raise ValueError(f"engine: slots, pool_tokens and page_size must be at least 1, got {slots}, {pool_tokens} and {page_size}")
         self.pool = PagePool(pages, page_size)
         self.tree = PrefixTree(self.pool)
         self.waiting: Deque[Handle] = deque()
-        self.batch = Batch(slots, model.config.context, model.config.vocab_size, pages, page_size, model.device)
+        self.batch = self._new_batch(slots)
         self.window = WINDOW if model.device.type == "cuda" else 1
         self._weights = list(model.parameters())
         self._casts: dict = {}
         self._known: Optional[tuple] = None
         self._crowded = False  # the pool was too small for all: nobody joins until somebody leaves
+
+    def _new_batch(self, slots: int) -> Batch:
+        c = self.model.config
+        return Batch(slots, c.context, c.vocab_size, self.pool.count, self.pool.size, self.model.device)
 
     @property
     def version(self) -> int:
@@ -126,7 +134,7 @@ class Engine:
             self._put_off(row)
         self.tree.clear()
         if self._known is None or known[1:3] != self._known[1:3]:
-            self.cache = PagedCache(self.model, self.pool.count, self.pool.size)
+            self.cache, self.batch = PagedCache(self.model, self.pool.count, self.pool.size), self._new_batch(self.batch.slots)
         self._known, self._crowded = known, False
         self._casts.clear()
         weight = self.model.head_weight.detach().to(self.model.compute_dtype)
@@ -146,18 +154,23 @@ class Engine:
             low = self.batch.size
             try:
                 hidden = self._prefill(plans)
-            except BaseException:  # the tree names pages that were not filled
-                self.tree.clear()
                 for plan in plans:
                     for handle, pages in zip(plan.handles, plan.tables):
-                        self.pool.release(pages)
-                        self.waiting.appendleft(handle)
+                        self.batch.join(handle, pages, len(plan.context))
+                self.batch.compose()
+                drawn = self._draw(hidden, low)
+            except BaseException:
+                self._undo(plans, low)
                 raise
-            for plan in plans:
-                for handle, pages in zip(plan.handles, plan.tables):
-                    self.batch.join(handle, pages, len(plan.context))
-            self.batch.compose()
-            self._harvest(low, [self._draw(hidden, low)])
+            self._harvest(low, [drawn])
+
+    def _undo(self, plans: List[Plan], low: int) -> None:
+        """A pass that failed: its requests wait again, and nobody finds the pages that it may not have filled."""
+        self.batch.keep(np.arange(low))
+        self.tree.clear()
+        for handle, pages in [pair for plan in plans for pair in zip(plan.handles, plan.tables)][::-1]:
+            self.pool.release(pages)
+            self.waiting.appendleft(handle)
 
     def _prefill(self, plans: List[Plan]) -> Tensor:
         """Run the plans' prompts: hidden states (R, C) of the last token for each of their requests."""
@@ -183,7 +196,13 @@ class Engine:
             if not drawn and self.window > 1 and not batch.flags & columns.ATTENDED:
                 window = max(1, min(self.window, int((batch.ints[columns.ROOM] - batch.ints[columns.STEP])[:batch.size].min()) - 1))
             positions, slots, rows = batch.advance()
-            drawn.append(self._draw(self.cache.forward(self.model, batch.token[:batch.size], positions, slots, rows=rows), 0))
+            try:
+                drawn.append(self._draw(self.cache.forward(self.model, batch.token[:batch.size], positions, slots, rows=rows), 0))
+            except BaseException:  # the step never was
+                batch.ints[:columns.STEP + 1, :batch.size] -= 1
+                if drawn:
+                    self._harvest(0, drawn)
+                raise
         if drawn:
             self._harvest(0, drawn)
 

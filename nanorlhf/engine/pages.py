@@ -33,11 +33,11 @@ class PagePool:
         return pages
 
     def share(self, pages: np.ndarray | Sequence[int]) -> None:
-        """One more holder of each."""
-        self.refs[pages] += 1
+        """One more holder of each; no page may be named twice."""
+        self.refs[np.asarray(pages, np.int32)] += 1
 
     def release(self, pages: np.ndarray | Sequence[int]) -> None:
-        """One holder less of each; no page may be named twice."""
+        """One holder less of each, the same way."""
         pages = np.asarray(pages, np.int32)
         self.refs[pages] -= 1
         left = self.refs[pages]
@@ -91,13 +91,13 @@ class PrefixTree:
     def insert(self, ids: np.ndarray, pages: Sequence[int]) -> List[int]:
         """Remember the tokens' full pages. Returns the tree's own: where it had one of the same tokens, that, of which the caller is
         a holder from now on instead of the page given."""
-        parent, path, own = -1, [], []
+        parent, path, own, new = -1, [], [], []
         for edge, page in zip(self._edges(ids), pages):
             key, page = (parent, edge), int(page)
             known = self._page.get(key)
             if known is None:
                 self._page[key] = page
-                self.pool.share([page])
+                new.append(page)
                 if parent >= 0:
                     self._children[parent] += 1
             elif known != page:
@@ -107,6 +107,7 @@ class PrefixTree:
             path.append(key)
             own.append(page)
             parent = page
+        self.pool.share(new)
         self._touch(path)
         return own
 
