@@ -1,0 +1,229 @@
+#include "automaton.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <unordered_set>
+
+namespace automaton {
+
+namespace {
+
+constexpr size_t kMostConfigurations = 1 << 14;  // of one node: beyond it a grammar is hopelessly ambiguous
+constexpr uint64_t kComplete = ~uint64_t{0};     // in a node's set: the text so far is whole
+
+uint64_t configuration(int32_t state, uint32_t stack) { return static_cast<uint64_t>(state) << 32 | stack; }
+
+// Sorts arcs by the state they leave and returns where each state's begin.
+template <class Arc>
+std::vector<int32_t> by_state(std::vector<Arc>& arcs, int32_t states) {
+    std::stable_sort(arcs.begin(), arcs.end(), [](const Arc& a, const Arc& b) { return a.from < b.from; });
+    std::vector<int32_t> first(states + 1, 0);
+    for (const Arc& arc : arcs) first[arc.from + 1]++;
+    for (int32_t s = 0; s < states; s++) first[s + 1] += first[s];
+    return first;
+}
+
+// What a closure has met. Most closures are small, and a short list is searched faster than a hash table is cleared.
+class Seen {
+public:
+    bool insert(uint64_t item) {
+        if (list_.size() < 24) {
+            if (std::find(list_.begin(), list_.end(), item) != list_.end()) return false;
+        } else {
+            if (table_.empty()) table_.insert(list_.begin(), list_.end());
+            if (!table_.insert(item).second) return false;
+        }
+        list_.push_back(item);
+        return true;
+    }
+    const std::vector<uint64_t>& list() const { return list_; }
+
+private:
+    std::vector<uint64_t> list_;
+    std::unordered_set<uint64_t> table_;
+};
+
+}  // namespace
+
+size_t Automaton::Hash::operator()(const Set& set) const {
+    uint64_t h = set.size();
+    for (uint64_t x : set) h = (h ^ x) * 0x9E3779B97F4A7C15u, h ^= h >> 29;
+    return h;
+}
+
+Automaton::Automaton(const Network& network) : edges_(network.edges), jumps_(network.jumps), calls_(network.calls) {
+    const auto check = [&](int32_t state) {
+        if (state < 0 || state >= network.states)
+            throw std::invalid_argument("automaton: expected states below " + std::to_string(network.states) + ", got " + std::to_string(state));
+    };
+    check(network.start);
+    for (const Edge& e : edges_) {
+        check(e.from), check(e.to);
+        if (e.low < 0 || e.high > 255 || e.low > e.high) throw std::invalid_argument("automaton: expected edges of bytes from low to high");
+    }
+    for (const Jump& j : jumps_) check(j.from), check(j.to);
+    for (const Call& c : calls_) check(c.from), check(c.rule), check(c.back);
+    for (int32_t s : network.ends) check(s);
+    first_edge_ = by_state(edges_, network.states);
+    first_jump_ = by_state(jumps_, network.states);
+    first_call_ = by_state(calls_, network.states);
+    is_end_.assign(network.states, 0);
+    for (int32_t s : network.ends) is_end_[s] = 1;
+    only_ends_.assign(network.states, 0);
+    std::vector<char> known(network.states, 0);
+    for (int32_t s = 0; s < network.states; s++) only_ends_[s] = leads_only_to_ends(s, known);
+
+    std::array<bool, 257> cut{};
+    cut[0] = true;
+    for (const Edge& e : edges_) cut[e.low] = cut[e.high + 1] = true;
+    for (int b = 0; b < 256; b++) class_of_[b] = static_cast<uint8_t>((class_count_ += cut[b]) - 1);
+    start_ = node_of({configuration(network.start, 0)});
+}
+
+// Coming back to such a state is coming back from its own rule, so that a call there needs no frame: a rule that ends by
+// calling itself keeps its stack as it is.
+bool Automaton::leads_only_to_ends(int32_t state, std::vector<char>& known) {
+    if (known[state]) return only_ends_[state];
+    known[state] = 1;  // while it is worked out, and in a cycle of jumps: no
+    const bool leaves = first_edge_[state] < first_edge_[state + 1] || first_call_[state] < first_call_[state + 1];
+    bool only = !leaves && (is_end_[state] || first_jump_[state] < first_jump_[state + 1]);
+    for (int32_t j = first_jump_[state]; only && j < first_jump_[state + 1]; j++) only = leads_only_to_ends(jumps_[j].to, known);
+    only_ends_[state] = only;
+    return only;
+}
+
+uint32_t Automaton::pushed(int32_t back, uint32_t stack) {
+    const auto [at, fresh] = stacks_.try_emplace(configuration(back, stack), static_cast<uint32_t>(frames_.size()));
+    if (fresh) frames_.push_back({back, stack});
+    return at->second;
+}
+
+// The node of all configurations that these reach without a byte.
+int32_t Automaton::node_of(const Set& targets) {
+    Seen seen;
+    for (uint64_t target : targets) seen.insert(target);
+    Set set;
+    bool complete = false;
+    for (size_t i = 0; i < seen.list().size(); i++) {
+        if (i > kMostConfigurations)
+            throw std::invalid_argument("automaton: expected a language in which few readings of a text are open at once, got more than " +
+                                        std::to_string(kMostConfigurations));
+        const uint64_t here = seen.list()[i];
+        const auto state = static_cast<int32_t>(here >> 32);
+        const auto stack = static_cast<uint32_t>(here);
+        if (first_edge_[state] < first_edge_[state + 1]) set.push_back(here);
+        if (is_end_[state]) {
+            if (stack) seen.insert(configuration(frames_[stack].back, frames_[stack].below));
+            else complete = true;
+        }
+        for (int32_t j = first_jump_[state]; j < first_jump_[state + 1]; j++) seen.insert(configuration(jumps_[j].to, stack));
+        for (int32_t c = first_call_[state]; c < first_call_[state + 1]; c++)
+            seen.insert(configuration(calls_[c].rule, only_ends_[calls_[c].back] ? stack : pushed(calls_[c].back, stack)));
+    }
+    std::sort(set.begin(), set.end());
+    if (complete) set.push_back(kComplete);
+    const auto [at, fresh] = nodes_.try_emplace(std::move(set), static_cast<int32_t>(sets_.size()));
+    if (fresh) {
+        sets_.push_back(&at->first);
+        complete_.push_back(complete);
+        rows_.emplace_back();
+        after_character_.emplace_back();
+    }
+    return at->second;
+}
+
+const int32_t* Automaton::fill(int32_t node) {
+    struct Arc { int32_t low, high; uint64_t target; };
+    std::vector<Arc> arcs;
+    std::array<bool, 257> cut{};
+    for (uint64_t here : *sets_[node]) {
+        if (here == kComplete) continue;
+        const auto state = static_cast<int32_t>(here >> 32);
+        for (int32_t e = first_edge_[state]; e < first_edge_[state + 1]; e++) {
+            const Edge& edge = edges_[e];
+            arcs.push_back({class_of_[edge.low], class_of_[edge.high], configuration(edge.to, static_cast<uint32_t>(here))});
+            cut[arcs.back().low] = cut[arcs.back().high + 1] = true;
+        }
+    }
+    auto row = std::make_unique<int32_t[]>(class_count_);
+    std::vector<std::pair<Set, int32_t>> made;  // a few ways on that many intervals share
+    Set targets;
+    for (int32_t c = 0; c < class_count_; c++) {
+        if (!cut[c]) {
+            row[c] = c ? row[c - 1] : kDead;
+            continue;
+        }
+        targets.clear();
+        for (const Arc& arc : arcs)
+            if (arc.low <= c && c <= arc.high) targets.push_back(arc.target);
+        if (targets.empty()) {
+            row[c] = kDead;
+            continue;
+        }
+        const auto same = std::find_if(made.begin(), made.end(), [&](const auto& pair) { return pair.first == targets; });
+        row[c] = same != made.end() ? same->second : node_of(targets);
+        if (same == made.end()) made.emplace_back(targets, row[c]);
+    }
+    rows_[node] = std::move(row);
+    return rows_[node].get();
+}
+
+// Whether every byte from low to high may follow, and after it `more` continuation bytes, whichever they are.
+bool Automaton::all_follow(int32_t node, int low, int high, int more, std::vector<int32_t>& reached) {
+    int32_t last = kDead;
+    for (int b = low; b <= high; b++) {
+        const int32_t to = next(node, static_cast<uint8_t>(b));
+        if (to == kDead) return false;
+        if (to == last) continue;
+        last = to;
+        if (more == 0) reached.push_back(to);
+        else if (!all_follow(to, 0x80, 0xBF, more - 1, reached)) return false;
+    }
+    return true;
+}
+
+// Where the characters of free text lead, in UTF-8 (Unicode 16, table 3-7), or nowhere if one of them cannot follow.
+const std::vector<int32_t>& Automaton::after_character(int32_t node) {
+    if (after_character_[node]) return *after_character_[node];
+    auto reached = std::make_unique<std::vector<int32_t>>();
+    const auto lead = [&](int low, int high, int second_low, int second_high, int more) {
+        for (int b = low; b <= high; b++) {
+            if (b > low && class_of_[b] == class_of_[b - 1]) continue;
+            const int32_t to = next(node, static_cast<uint8_t>(b));
+            if (to == kDead || !all_follow(to, second_low, second_high, more, *reached)) return false;
+        }
+        return true;
+    };
+    const bool all = all_follow(node, ' ', '!', 0, *reached) && all_follow(node, '#', '[', 0, *reached) &&
+                     all_follow(node, ']', '~', 0, *reached) && lead(0xC2, 0xDF, 0x80, 0xBF, 0) && lead(0xE0, 0xE0, 0xA0, 0xBF, 1) &&
+                     lead(0xE1, 0xEC, 0x80, 0xBF, 1) && lead(0xED, 0xED, 0x80, 0x9F, 1) && lead(0xEE, 0xEF, 0x80, 0xBF, 1) &&
+                     lead(0xF0, 0xF0, 0x90, 0xBF, 2) && lead(0xF1, 0xF3, 0x80, 0xBF, 2) && lead(0xF4, 0xF4, 0x80, 0x8F, 2);
+    if (!all) reached->clear();
+    std::sort(reached->begin(), reached->end());
+    reached->erase(std::unique(reached->begin(), reached->end()), reached->end());
+    after_character_[node] = std::move(reached);
+    return *after_character_[node];
+}
+
+int32_t Automaton::free_text(int32_t node, int32_t most) {
+    constexpr size_t kMostNodes = 64;  // at once: beyond it the walk of the tokens is as good
+    std::vector<int32_t> all{node}, frontier{node};
+    for (int32_t length = 0; length < most; length++) {
+        std::vector<int32_t> next_frontier;
+        for (int32_t at : frontier) {
+            const std::vector<int32_t>& reached = after_character(at);
+            if (reached.empty()) return length;
+            for (int32_t to : reached) {
+                if (std::find(all.begin(), all.end(), to) != all.end()) continue;
+                all.push_back(to), next_frontier.push_back(to);
+            }
+            if (next_frontier.size() > kMostNodes) return length;
+        }
+        if (next_frontier.empty()) return most;  // nothing new: it can go on for ever
+        frontier = std::move(next_frontier);
+    }
+    return most;
+}
+
+}  // namespace automaton

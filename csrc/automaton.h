@@ -1,0 +1,77 @@
+// A language of bytes, given as a network of states that may call one another's rules, made deterministic as it is walked.
+//
+// A configuration is a state of the network and the stack of the states to come back to; a node is a set of configurations
+// without duplicates, so that equal sets are one node. Without calls this is the subset construction, with calls it is a
+// pushdown automaton all of whose runs are followed at once. Every state is expected to reach acceptance (the caller prunes
+// the others), so that a node exists only where a text of the language goes on. Not thread-safe: nodes are made by walking.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+namespace automaton {
+
+struct Edge { int32_t from, low, high, to; };  // bytes low to high, both included
+struct Jump { int32_t from, to; };             // without a byte
+struct Call { int32_t from, rule, back; };     // the text of the rule that starts at state `rule`, then on from `back`
+
+struct Network {
+    int32_t states, start;
+    std::vector<Edge> edges;
+    std::vector<Jump> jumps;
+    std::vector<Call> calls;
+    std::vector<int32_t> ends;  // where rules end, the whole text's among them
+};
+
+constexpr int32_t kDead = -1;
+
+class Automaton {
+public:
+    // std::invalid_argument for a state that there is not, and where a step follows too many configurations.
+    explicit Automaton(const Network& network);
+
+    int32_t start() const { return start_; }
+    size_t size() const { return sets_.size(); }
+    bool complete(int32_t node) const { return complete_[node]; }
+    // Bytes of one class lead to the same node everywhere; classes are intervals, in the bytes' order.
+    const std::array<uint8_t, 256>& classes() const { return class_of_; }
+    int32_t class_count() const { return class_count_; }
+    const int32_t* row(int32_t node) { return rows_[node] ? rows_[node].get() : fill(node); }  // the next node of each class, or kDead
+    int32_t next(int32_t node, uint8_t byte) { return row(node)[class_of_[byte]]; }
+    // For how many characters, up to `most`, any text at all of printable characters but " and \ may follow.
+    int32_t free_text(int32_t node, int32_t most);
+
+private:
+    using Set = std::vector<uint64_t>;  // state in the upper half, stack in the lower
+    struct Hash { size_t operator()(const Set& set) const; };
+    struct Frame { int32_t back; uint32_t below; };
+
+    std::vector<Edge> edges_;
+    std::vector<Jump> jumps_;
+    std::vector<Call> calls_;
+    std::vector<int32_t> first_edge_, first_jump_, first_call_;  // of each state; one more at the end
+    std::vector<char> is_end_, only_ends_;
+    std::array<uint8_t, 256> class_of_{};
+    int32_t class_count_ = 0, start_ = 0;
+
+    std::unordered_map<Set, int32_t, Hash> nodes_;
+    std::vector<const Set*> sets_;
+    std::vector<char> complete_;
+    std::vector<std::unique_ptr<int32_t[]>> rows_;
+    std::vector<std::unique_ptr<std::vector<int32_t>>> after_character_;  // empty where some character cannot follow
+    std::vector<Frame> frames_{{0, 0}};  // stack 0 is empty
+    std::unordered_map<uint64_t, uint32_t> stacks_;
+
+    const int32_t* fill(int32_t node);
+    int32_t node_of(const Set& targets);
+    uint32_t pushed(int32_t back, uint32_t stack);
+    bool leads_only_to_ends(int32_t state, std::vector<char>& known);
+    const std::vector<int32_t>& after_character(int32_t node);
+    bool all_follow(int32_t node, int low, int high, int more, std::vector<int32_t>& reached);
+};
+
+}  // namespace automaton
