@@ -88,7 +88,7 @@ def constrain(language: Language, tokenizer: Tokenizer | Vocabulary, ends: Itera
     >>> answer = constrain(choice(["yes", "no"]), tok, [tok.special_tokens["<|end|>"]])
     >>> state = answer.start()
     >>> sorted(tok.decode([j]) for j in answer.allowed(state))
-    ['n', 'no', 'y', 'ye']
+    ['n', 'no', 'y', 'yes']
     >>> answer.complete(answer.advance(state, tok.encode("no")[0]))
     True
     """

@@ -18,21 +18,27 @@ from nanorlhf.tokenizer import Tokenizer
 _MATCHERS = 64  # states whose parser is kept as it is; others are parsed again from the start
 
 
+# Without it a mask holds, where the text is forced, the tokenizer's own next token alone; here as elsewhere any will do.
+_NO_FORCING = '%llguidance {"no_forcing": true}\n'
+
+
 def guidance_lark(text: str) -> str:
     """A grammar in llguidance's dialect of Lark, for `GuidanceConstraint`."""
-    return _library().LLMatcher.grammar_from_lark(text)
+    return _library().LLMatcher.grammar_from_lark(_NO_FORCING + text)
 
 
-def guidance_json_schema(schema: dict | bool, **options) -> str:
+def guidance_json_schema(schema: dict, **options) -> str:
     """A JSON Schema for `GuidanceConstraint`; without white space unless the options, which are llguidance's, say otherwise."""
-    return _library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False, **options})
+    told = {**schema, "x-guidance": {"whitespace_flexible": False, **options}}
+    return guidance_lark(f"start: %json {json.dumps(told)}")
 
 
 def guidance_regex(pattern: str) -> str:
     r"""A regular expression for `GuidanceConstraint`, with ``\d \w \s`` in ASCII as in regex.py."""
+    _library()
     from llguidance._lib import regex_to_lark
 
-    return _library().LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(pattern, 'dws')}/")
+    return guidance_lark(f"start: /{regex_to_lark(pattern, 'dws')}/")
 
 
 def _library():
@@ -86,7 +92,7 @@ class GuidanceConstraint:
                 bits.view(np.uint32)[end // 32] |= np.uint32(1 << end % 32)
             return bits
         found = self._at(state).compute_bitmask()
-        bits.view(np.uint8)[: len(found)] = np.frombuffer(found, np.uint8)
+        bits[:] = np.frombuffer(found, np.int32)[: len(bits)]  # one bit more than tokens
         if not bits.any():
             raise ValueError(f"constrain: nothing can follow {self._place(state)}")
         return bits

@@ -47,7 +47,8 @@ _ALL_ESCAPES = Alt(tuple(map(_escape, _ESCAPED)))
 
 
 def integers(low: int | None, high: int | None) -> Expr:
-    """The integers from low to high, None for no bound; 0 also as -0 where negative ones are allowed, too.
+    """The integers from low to high, None for no bound; 0 also as -0 where there are
+    both negative and positive ones.
 
     >>> integers(5, 4)
     Alt(parts=())
@@ -58,7 +59,7 @@ def integers(low: int | None, high: int | None) -> Expr:
     if high is None or high >= 0:
         parts.append(_naturals(max(low or 0, 0), high))
     if low is None or low < 0:
-        parts.append(seq(Text("-"), _naturals(0 if high is None or high >= 0 else -high, None if low is None else -low)))
+        parts.append(seq(Text("-"), _naturals(0 if high is None or high > 0 else max(-high, 1), None if low is None else -low)))
     return alt(*parts)
 
 
