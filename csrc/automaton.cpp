@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <unordered_set>
 
 namespace automaton {
 
@@ -23,26 +22,6 @@ std::vector<int32_t> by_state(std::vector<Arc>& arcs, int32_t states) {
     for (int32_t s = 0; s < states; s++) first[s + 1] += first[s];
     return first;
 }
-
-// What a closure has met. Most closures are small, and a short list is searched faster than a hash table is cleared.
-class Seen {
-public:
-    bool insert(uint64_t item) {
-        if (list_.size() < 24) {
-            if (std::find(list_.begin(), list_.end(), item) != list_.end()) return false;
-        } else {
-            if (table_.empty()) table_.insert(list_.begin(), list_.end());
-            if (!table_.insert(item).second) return false;
-        }
-        list_.push_back(item);
-        return true;
-    }
-    const std::vector<uint64_t>& list() const { return list_; }
-
-private:
-    std::vector<uint64_t> list_;
-    std::unordered_set<uint64_t> table_;
-};
 
 }  // namespace
 
@@ -78,7 +57,8 @@ Automaton::Automaton(const Network& network) : edges_(network.edges), jumps_(net
     cut[0] = true;
     for (const Edge& e : edges_) cut[e.low] = cut[e.high + 1] = true;
     for (int b = 0; b < 256; b++) class_of_[b] = static_cast<uint8_t>((class_count_ += cut[b]) - 1);
-    start_ = node_of({configuration(network.start, 0)});
+    const uint64_t start = configuration(network.start, 0);
+    start_ = node_of(&start, 1);
 }
 
 // Coming back to such a state is coming back from its own rule, so that a call there needs no frame: a rule that ends by
@@ -99,74 +79,91 @@ uint32_t Automaton::pushed(int32_t back, uint32_t stack) {
     return at->second;
 }
 
+// Most closures are small, and a short list is searched faster than a hash table is cleared.
+void Automaton::see(uint64_t item) {
+    constexpr size_t kShort = 24;
+    if (seen_.size() < kShort) {
+        if (std::find(seen_.begin(), seen_.end(), item) != seen_.end()) return;
+    } else {
+        if (seen_.size() == kShort) {
+            seen_table_.clear();
+            seen_table_.insert(seen_.begin(), seen_.end());
+        }
+        if (!seen_table_.insert(item).second) return;
+    }
+    seen_.push_back(item);
+}
+
 // The node of all configurations that these reach without a byte.
-int32_t Automaton::node_of(const Set& targets) {
-    Seen seen;
-    for (uint64_t target : targets) seen.insert(target);
-    Set set;
+int32_t Automaton::node_of(const uint64_t* targets, size_t count) {
+    seen_.clear(), set_.clear();
+    for (size_t i = 0; i < count; i++) see(targets[i]);
     bool complete = false;
-    for (size_t i = 0; i < seen.list().size(); i++) {
+    for (size_t i = 0; i < seen_.size(); i++) {
         if (i > kMostConfigurations)
             throw std::invalid_argument("automaton: expected a language in which few readings of a text are open at once, got more than " +
                                         std::to_string(kMostConfigurations));
-        const uint64_t here = seen.list()[i];
+        const uint64_t here = seen_[i];
         const auto state = static_cast<int32_t>(here >> 32);
         const auto stack = static_cast<uint32_t>(here);
-        if (first_edge_[state] < first_edge_[state + 1]) set.push_back(here);
+        if (first_edge_[state] < first_edge_[state + 1]) set_.push_back(here);
         if (is_end_[state]) {
-            if (stack) seen.insert(configuration(frames_[stack].back, frames_[stack].below));
+            if (stack) see(configuration(frames_[stack].back, frames_[stack].below));
             else complete = true;
         }
-        for (int32_t j = first_jump_[state]; j < first_jump_[state + 1]; j++) seen.insert(configuration(jumps_[j].to, stack));
+        for (int32_t j = first_jump_[state]; j < first_jump_[state + 1]; j++) see(configuration(jumps_[j].to, stack));
         for (int32_t c = first_call_[state]; c < first_call_[state + 1]; c++)
-            seen.insert(configuration(calls_[c].rule, only_ends_[calls_[c].back] ? stack : pushed(calls_[c].back, stack)));
+            see(configuration(calls_[c].rule, only_ends_[calls_[c].back] ? stack : pushed(calls_[c].back, stack)));
     }
-    std::sort(set.begin(), set.end());
-    if (complete) set.push_back(kComplete);
-    const auto [at, fresh] = nodes_.try_emplace(std::move(set), static_cast<int32_t>(sets_.size()));
-    if (fresh) {
-        sets_.push_back(&at->first);
-        complete_.push_back(complete);
-        rows_.emplace_back();
-        after_character_.emplace_back();
-    }
-    return at->second;
+    std::sort(set_.begin(), set_.end());
+    if (complete) set_.push_back(kComplete);
+    const auto found = nodes_.find(set_);
+    if (found != nodes_.end()) return found->second;
+    const auto node = static_cast<int32_t>(sets_.size());
+    sets_.push_back(&nodes_.emplace(set_, node).first->first);
+    complete_.push_back(complete);
+    rows_.push_back(nullptr);
+    after_character_.emplace_back();
+    return node;
+}
+
+int32_t* Automaton::new_row() {
+    constexpr size_t kBlock = 1 << 14;
+    if (blocks_.empty() || block_used_ + class_count_ > kBlock) blocks_.push_back(std::make_unique<int32_t[]>(kBlock)), block_used_ = 0;
+    int32_t* row = blocks_.back().get() + block_used_;
+    block_used_ += class_count_;
+    return row;
 }
 
 const int32_t* Automaton::fill(int32_t node) {
-    struct Arc { int32_t low, high; uint64_t target; };
-    std::vector<Arc> arcs;
+    arcs_.clear(), made_.clear(), targets_.clear();
     std::array<bool, 257> cut{};
     for (uint64_t here : *sets_[node]) {
         if (here == kComplete) continue;
         const auto state = static_cast<int32_t>(here >> 32);
         for (int32_t e = first_edge_[state]; e < first_edge_[state + 1]; e++) {
             const Edge& edge = edges_[e];
-            arcs.push_back({class_of_[edge.low], class_of_[edge.high], configuration(edge.to, static_cast<uint32_t>(here))});
-            cut[arcs.back().low] = cut[arcs.back().high + 1] = true;
+            arcs_.push_back({class_of_[edge.low], class_of_[edge.high], configuration(edge.to, static_cast<uint32_t>(here))});
+            cut[arcs_.back().low] = cut[arcs_.back().high + 1] = true;
         }
     }
-    auto row = std::make_unique<int32_t[]>(class_count_);
-    std::vector<std::pair<Set, int32_t>> made;  // a few ways on that many intervals share
-    Set targets;
+    int32_t* row = new_row();
     for (int32_t c = 0; c < class_count_; c++) {
-        if (!cut[c]) {
-            row[c] = c ? row[c - 1] : kDead;
-            continue;
-        }
-        targets.clear();
-        for (const Arc& arc : arcs)
-            if (arc.low <= c && c <= arc.high) targets.push_back(arc.target);
-        if (targets.empty()) {
-            row[c] = kDead;
-            continue;
-        }
-        const auto same = std::find_if(made.begin(), made.end(), [&](const auto& pair) { return pair.first == targets; });
-        row[c] = same != made.end() ? same->second : node_of(targets);
-        if (same == made.end()) made.emplace_back(targets, row[c]);
+        row[c] = c ? row[c - 1] : kDead;
+        if (!cut[c]) continue;
+        const size_t begin = targets_.size();
+        for (const Arc& arc : arcs_)
+            if (arc.low <= c && c <= arc.high) targets_.push_back(arc.target);
+        const size_t count = targets_.size() - begin;
+        // The intervals of a class of characters share a few ways on.
+        const auto same = std::find_if(made_.begin(), made_.end(), [&](const Made& made) {
+            return made.end - made.begin == count && std::equal(targets_.begin() + begin, targets_.end(), targets_.begin() + made.begin);
+        });
+        if (count == 0) row[c] = kDead;
+        else if (same != made_.end()) row[c] = same->node;
+        else made_.push_back({begin, targets_.size(), row[c] = node_of(targets_.data() + begin, count)});
     }
-    rows_[node] = std::move(row);
-    return rows_[node].get();
+    return rows_[node] = row;
 }
 
 // Whether every byte from low to high may follow, and after it `more` continuation bytes, whichever they are.

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 namespace automaton {
@@ -40,7 +41,7 @@ public:
     // Bytes of one class lead to the same node everywhere; classes are intervals, in the bytes' order.
     const std::array<uint8_t, 256>& classes() const { return class_of_; }
     int32_t class_count() const { return class_count_; }
-    const int32_t* row(int32_t node) { return rows_[node] ? rows_[node].get() : fill(node); }  // the next node of each class, or kDead
+    const int32_t* row(int32_t node) { return rows_[node] ? rows_[node] : fill(node); }  // the next node of each class, or kDead
     int32_t next(int32_t node, uint8_t byte) { return row(node)[class_of_[byte]]; }
     // For how many characters, up to `most`, any text at all of printable characters but " and \ may follow.
     int32_t free_text(int32_t node, int32_t most);
@@ -61,13 +62,25 @@ private:
     std::unordered_map<Set, int32_t, Hash> nodes_;
     std::vector<const Set*> sets_;
     std::vector<char> complete_;
-    std::vector<std::unique_ptr<int32_t[]>> rows_;
+    std::vector<const int32_t*> rows_;  // null until a step leaves the node
+    std::vector<std::unique_ptr<int32_t[]>> blocks_;  // where rows lie
+    size_t block_used_ = 0;
     std::vector<std::unique_ptr<std::vector<int32_t>>> after_character_;  // empty where some character cannot follow
     std::vector<Frame> frames_{{0, 0}};  // stack 0 is empty
     std::unordered_map<uint64_t, uint32_t> stacks_;
 
+    // Kept from one step to the next, so that they are not allocated anew.
+    struct Arc { int32_t low, high; uint64_t target; };
+    struct Made { size_t begin, end; int32_t node; };
+    std::vector<Arc> arcs_;
+    std::vector<Made> made_;
+    Set targets_, seen_, set_;
+    std::unordered_set<uint64_t> seen_table_;
+
     const int32_t* fill(int32_t node);
-    int32_t node_of(const Set& targets);
+    int32_t node_of(const uint64_t* targets, size_t count);
+    void see(uint64_t configuration);
+    int32_t* new_row();
     uint32_t pushed(int32_t back, uint32_t stack);
     bool leads_only_to_ends(int32_t state, std::vector<char>& known);
     const std::vector<int32_t>& after_character(int32_t node);

@@ -1,7 +1,7 @@
 #include "token_mask.h"
 
 #include <algorithm>
-#include <numeric>
+#include <iterator>
 
 namespace token_mask {
 
@@ -50,24 +50,25 @@ Vocabulary::Vocabulary(const std::vector<std::string_view>& tokens) : same_(toke
     for (size_t g = 0; g < members.size(); g++) {
         Group group{g ? kLengths[g - 1] : 0, std::vector<uint32_t>(words(), 0), {}};
         Tree& tree = group.tree;
-        struct Range { size_t begin, end, depth; };  // of members: those that share their first `depth` bytes
-        std::vector<Range> ranges{{0, members[g].size(), 0}};
-        for (size_t r = 0; r < ranges.size(); r++) {  // ranges[r]: that of place r - 1 of the tree, the root's first
-            auto [at, end, depth] = ranges[r];
-            if (r) tree.first[r - 1] = static_cast<int32_t>(tree.bytes.size());
-            if (at < end && tokens[members[g][at]].size() == depth) tree.token[r - 1] = members[g][at++];
-            const size_t before = tree.bytes.size();
+        struct Range { size_t begin, end, depth; int32_t place; };  // members that share their first `depth` bytes, which end at a place
+        std::vector<Range> waiting{{0, members[g].size(), 0, kNone}};
+        while (!waiting.empty()) {
+            auto [at, end, depth, place] = waiting.back();
+            waiting.pop_back();
+            if (at < end && tokens[members[g][at]].size() == depth) tree.places[place].token = members[g][at++];
+            const size_t first = tree.places.size(), waited = waiting.size();
             while (at < end) {
                 const size_t begin = at;
                 const char byte = tokens[members[g][at]][depth];
                 while (at < end && tokens[members[g][at]][depth] == byte) at++;
-                tree.bytes.push_back(static_cast<uint8_t>(byte));
-                tree.token.push_back(kNone), tree.first.push_back(0), tree.count.push_back(0);
-                ranges.push_back({begin, at, depth + 1});
+                waiting.push_back({begin, at, depth + 1, static_cast<int32_t>(tree.places.size())});
+                tree.places.push_back({kNone, 0, 0, static_cast<uint8_t>(byte)});
             }
-            const auto count = static_cast<int32_t>(tree.bytes.size() - before);
-            if (r) tree.count[r - 1] = count;
-            else tree.roots = count;
+            std::reverse(waiting.begin() + waited, waiting.end());  // the first child's children come next, where the walk goes next
+            const auto children = static_cast<int32_t>(tree.places.size() - first);
+            if (place == kNone) tree.roots = children;
+            else tree.places[place].first = static_cast<int32_t>(first), tree.places[place].children = static_cast<uint16_t>(children);
+            tree.depth = std::max(tree.depth, depth);
         }
         for (int32_t j : members[g])
             for (; j != kNone; j = same_[j]) group.bits[j / 32] |= 1u << j % 32;
@@ -88,20 +89,23 @@ void Vocabulary::mask(automaton::Automaton& automaton, int32_t node, uint32_t* b
 }
 
 void Vocabulary::walk(const Tree& tree, automaton::Automaton& automaton, int32_t node, uint32_t* bits) const {
-    struct Level { int32_t at, end; const int32_t* row; };
-    std::vector<Level> levels{{0, tree.roots, automaton.row(node)}};
-    const auto& class_of = automaton.classes();
-    while (!levels.empty()) {
-        Level& level = levels.back();
-        if (level.at == level.end) {
-            levels.pop_back();
+    struct Level { const Place *at, *end; const int32_t* row; };
+    std::vector<Level> levels(tree.depth + 1);
+    Level* level = levels.data();
+    const Place* places = tree.places.data();
+    const uint8_t* class_of = automaton.classes().data();
+    *level = {places, places + tree.roots, automaton.row(node)};
+    while (true) {
+        if (level->at == level->end) {
+            if (level == levels.data()) return;
+            level--;
             continue;
         }
-        const int32_t place = level.at++;
-        const int32_t to = level.row[class_of[tree.bytes[place]]];
+        const Place& place = *level->at++;
+        const int32_t to = level->row[class_of[place.byte]];
         if (to == automaton::kDead) continue;
-        for (int32_t j = tree.token[place]; j != kNone; j = same_[j]) bits[j / 32] |= 1u << j % 32;
-        if (tree.count[place]) levels.push_back({tree.first[place], tree.first[place] + tree.count[place], automaton.row(to)});
+        for (int32_t j = place.token; j != kNone; j = same_[j]) bits[j / 32] |= 1u << j % 32;
+        if (place.children) *++level = {places + place.first, places + place.first + place.children, automaton.row(to)};
     }
 }
 

@@ -22,11 +22,15 @@ public:
     void mask(automaton::Automaton& automaton, int32_t node, uint32_t* bits) const;
 
 private:
-    // The children of a place lie side by side, in the order of their bytes; the root's come first.
+    struct Place {
+        int32_t token, first;  // the token that ends here, or kNone; the first of the children, which lie side by side
+        uint16_t children;
+        uint8_t byte;
+    };
     struct Tree {
-        std::vector<uint8_t> bytes;
-        std::vector<int32_t> token, first, count;  // token: kNone where none ends; first, count: of the children
+        std::vector<Place> places;  // the root's children come first, then the children of the first of them, and so on
         int32_t roots = 0;
+        size_t depth = 0;
     };
     struct Group {
         int32_t characters;  // of the longest token; 0: not free text

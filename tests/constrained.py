@@ -18,7 +18,7 @@ END = "<|end|>"
 def vocabulary(size=4096):
     """A tokenizer of that size, trained on Python's own library and some JSON, other alphabets and signs among it."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py"))
-    files = [file for file in files if "site-packages" not in file.parts]
+    files = [file for file in files if "site-packages" not in file.parts and file.stat().st_size]
     files = files[: 250 if size <= 4096 else 1800]
     rows = [json.dumps({"name": f"n{i}", "value": i, "tags": ["a", None, True, "é"], "in": {"x": i / 7}}, ensure_ascii=i % 2 == 0) for i in range(400)]
     return Tokenizer.train([*files, *rows, "ñandú größe日本語のテキスト 😀👍 ελληνικά русский " * 200], size, special_tokens=[END])
