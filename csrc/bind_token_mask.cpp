@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <tuple>
 
 #include "token_mask.h"
 
@@ -70,12 +71,12 @@ void bind_token_mask(py::module_& m) {
             "row",
             [](Automaton& a, int32_t node) {
                 const int32_t* row = a.row(checked(a, node));
-                std::vector<std::array<int32_t, 3>> out;
+                std::vector<std::tuple<int, int, int32_t>> out;
                 for (int b = 0; b < 256; b++) {
                     const int32_t to = row[a.classes()[b]];
                     if (to == automaton::kDead) continue;
-                    if (!out.empty() && out.back()[1] == b - 1 && out.back()[2] == to) out.back()[1] = b;
-                    else out.push_back({b, b, to});
+                    if (!out.empty() && std::get<1>(out.back()) == b - 1 && std::get<2>(out.back()) == to) std::get<1>(out.back()) = b;
+                    else out.emplace_back(b, b, to);
                 }
                 return out;
             },

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nanorlhf.engine.constrain import Vocabulary
+from nanorlhf.engine.constrain.network import automaton
 from nanorlhf.tokenizer import Tokenizer
 
 END = "<|end|>"
@@ -51,3 +52,26 @@ def random_walk(constraint, rng: random.Random, most=400, closing=None):
             return tokens
         tokens.append(token)
     return None
+
+
+def texts(language, longest):
+    """Every text of a language of at most so many bytes, by trying all."""
+    machine, found, waiting = automaton(language), set(), []
+    waiting.append((machine.start(), b""))
+    while waiting:
+        node, text = waiting.pop()
+        if machine.complete(node):
+            found.add(text.decode())
+        if len(text) < longest:
+            waiting += [(to, text + bytes([byte])) for low, high, to in machine.row(node) for byte in range(low, high + 1)]
+    return found
+
+
+def acceptor(language):
+    """Whether a text is in the language, as a function of the text."""
+    machine = automaton(language)
+    return lambda text: (node := machine.walk(machine.start(), text.encode())) >= 0 and machine.complete(node)
+
+
+def accepts(language, text):
+    return acceptor(language)(text)
