@@ -8,8 +8,8 @@ namespace automaton {
 
 namespace {
 
-constexpr size_t kMostConfigurations = 1 << 14;  // of one node: beyond it a grammar is hopelessly ambiguous
-constexpr uint64_t kComplete = ~uint64_t{0};     // in a node's set: the text so far is whole
+constexpr uint64_t kComplete = ~uint64_t{0};  // in a node's set: the text so far is whole
+constexpr uint64_t kBottom = ~uint64_t{0};    // in a stack: nothing to come back to
 
 uint64_t configuration(int32_t state, uint32_t stack) { return static_cast<uint64_t>(state) << 32 | stack; }
 
@@ -57,7 +57,8 @@ Automaton::Automaton(const Network& network) : edges_(network.edges), jumps_(net
     cut[0] = true;
     for (const Edge& e : edges_) cut[e.low] = cut[e.high + 1] = true;
     for (int b = 0; b < 256; b++) class_of_[b] = static_cast<uint8_t>((class_count_ += cut[b]) - 1);
-    const uint64_t start = configuration(network.start, 0);
+    place_.assign(network.states, -1);
+    const uint64_t start = configuration(network.start, stack_of({kBottom}));
     start_ = node_of(&start, 1);
 }
 
@@ -73,47 +74,77 @@ bool Automaton::leads_only_to_ends(int32_t state, std::vector<char>& known) {
     return only;
 }
 
-uint32_t Automaton::pushed(int32_t back, uint32_t stack) {
-    const auto [at, fresh] = stacks_.try_emplace(configuration(back, stack), static_cast<uint32_t>(frames_.size()));
-    if (fresh) frames_.push_back({back, stack});
+uint32_t Automaton::stack_of(const Set& tops) {
+    const auto [at, fresh] = stack_of_.try_emplace(tops, static_cast<uint32_t>(stacks_.size()));
+    if (fresh) stacks_.push_back(&at->first);
     return at->second;
 }
 
-// Most closures are small, and a short list is searched faster than a hash table is cleared.
-void Automaton::see(uint64_t item) {
-    constexpr size_t kShort = 24;
-    if (seen_.size() < kShort) {
-        if (std::find(seen_.begin(), seen_.end(), item) != seen_.end()) return;
-    } else {
-        if (seen_.size() == kShort) {
-            seen_table_.clear();
-            seen_table_.insert(seen_.begin(), seen_.end());
+uint32_t Automaton::pushed(int32_t back, uint32_t stack) {
+    const auto [at, fresh] = pushed_.try_emplace(configuration(back, stack), 0);
+    if (fresh) at->second = stack_of({configuration(back, stack)});
+    return at->second;
+}
+
+// The stacks of both, with each state to come back to once.
+uint32_t Automaton::merged(uint32_t one, uint32_t other) {
+    if (one == other) return one;
+    const uint64_t pair = static_cast<uint64_t>(std::min(one, other)) << 32 | std::max(one, other);
+    const auto known = merged_.find(pair);
+    if (known != merged_.end()) return known->second;
+    Set tops;
+    const Set &a = *stacks_[one], &b = *stacks_[other];
+    for (size_t i = 0, j = 0; i < a.size() || j < b.size();) {
+        if (j == b.size() || (i < a.size() && a[i] >> 32 < b[j] >> 32)) tops.push_back(a[i++]);
+        else if (i == a.size() || b[j] >> 32 < a[i] >> 32) tops.push_back(b[j++]);
+        else {
+            const auto top = static_cast<int32_t>(a[i] >> 32);
+            tops.push_back(a[i] == b[j] ? a[i] : configuration(top, merged(static_cast<uint32_t>(a[i]), static_cast<uint32_t>(b[j]))));
+            i++, j++;
         }
-        if (!seen_table_.insert(item).second) return;
     }
-    seen_.push_back(item);
+    return merged_[pair] = stack_of(tops);
+}
+
+void Automaton::reach(int32_t state, uint32_t stack) {
+    int32_t& place = place_[state];
+    if (place < 0) {
+        place = static_cast<int32_t>(reached_.size());
+        reached_.push_back({state, stack, true});
+        waiting_.push_back(place);
+        return;
+    }
+    Reached& known = reached_[place];
+    const uint32_t both = merged(known.stack, stack);
+    if (both == known.stack) return;
+    known.stack = both;
+    if (!known.waits) known.waits = true, waiting_.push_back(place);
 }
 
 // The node of all configurations that these reach without a byte.
 int32_t Automaton::node_of(const uint64_t* targets, size_t count) {
-    seen_.clear(), set_.clear();
-    for (size_t i = 0; i < count; i++) see(targets[i]);
+    reached_.clear(), waiting_.clear(), set_.clear();
+    for (size_t i = 0; i < count; i++) reach(static_cast<int32_t>(targets[i] >> 32), static_cast<uint32_t>(targets[i]));
     bool complete = false;
-    for (size_t i = 0; i < seen_.size(); i++) {
-        if (i > kMostConfigurations)
-            throw std::invalid_argument("automaton: expected a language in which few readings of a text are open at once, got more than " +
-                                        std::to_string(kMostConfigurations));
-        const uint64_t here = seen_[i];
-        const auto state = static_cast<int32_t>(here >> 32);
-        const auto stack = static_cast<uint32_t>(here);
-        if (first_edge_[state] < first_edge_[state + 1]) set_.push_back(here);
+    while (!waiting_.empty()) {
+        const int32_t place = waiting_.back();
+        waiting_.pop_back();
+        reached_[place].waits = false;
+        const auto [state, stack, _] = reached_[place];
         if (is_end_[state]) {
-            if (stack) see(configuration(frames_[stack].back, frames_[stack].below));
-            else complete = true;
+            const Set& tops = *stacks_[stack];
+            for (uint64_t top : tops) {
+                if (top == kBottom) complete = true;
+                else reach(static_cast<int32_t>(top >> 32), static_cast<uint32_t>(top));
+            }
         }
-        for (int32_t j = first_jump_[state]; j < first_jump_[state + 1]; j++) see(configuration(jumps_[j].to, stack));
+        for (int32_t j = first_jump_[state]; j < first_jump_[state + 1]; j++) reach(jumps_[j].to, stack);
         for (int32_t c = first_call_[state]; c < first_call_[state + 1]; c++)
-            see(configuration(calls_[c].rule, only_ends_[calls_[c].back] ? stack : pushed(calls_[c].back, stack)));
+            reach(calls_[c].rule, only_ends_[calls_[c].back] ? stack : pushed(calls_[c].back, stack));
+    }
+    for (const Reached& reached : reached_) {
+        place_[reached.state] = -1;
+        if (first_edge_[reached.state] < first_edge_[reached.state + 1]) set_.push_back(configuration(reached.state, reached.stack));
     }
     std::sort(set_.begin(), set_.end());
     if (complete) set_.push_back(kComplete);

@@ -1,9 +1,11 @@
 // A language of bytes, given as a network of states that may call one another's rules, made deterministic as it is walked.
 //
-// A configuration is a state of the network and the stack of the states to come back to; a node is a set of configurations
-// without duplicates, so that equal sets are one node. Without calls this is the subset construction, with calls it is a
-// pushdown automaton all of whose runs are followed at once. Every state is expected to reach acceptance (the caller prunes
-// the others), so that a node exists only where a text of the language goes on. Not thread-safe: nodes are made by walking.
+// A configuration is a state of the network and the stacks of states to come back to, of which there may be many: they are kept
+// as a graph without duplicates, a set of tops each with the set of what is below it (Tomita 1987), so that the readings of
+// an ambiguous text share what they have in common. A node is a set of configurations, one a state; equal sets are one node. Without
+// calls this is the subset construction, with calls it is a pushdown automaton all of whose runs are followed at once. Every state
+// is expected to reach acceptance (the caller prunes the others), so that a node exists only where a text of the language goes on,
+// and no rule to begin with itself. Not thread-safe: nodes are made by walking.
 #pragma once
 
 #include <array>
@@ -11,7 +13,6 @@
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 namespace automaton {
@@ -32,7 +33,7 @@ constexpr int32_t kDead = -1;
 
 class Automaton {
 public:
-    // std::invalid_argument for a state that there is not, and where a step follows too many configurations.
+    // std::invalid_argument for a state that there is not.
     explicit Automaton(const Network& network);
 
     int32_t start() const { return start_; }
@@ -47,9 +48,8 @@ public:
     int32_t free_text(int32_t node, int32_t most);
 
 private:
-    using Set = std::vector<uint64_t>;  // state in the upper half, stack in the lower
+    using Set = std::vector<uint64_t>;  // sorted, of states in the upper half with stacks in the lower
     struct Hash { size_t operator()(const Set& set) const; };
-    struct Frame { int32_t back; uint32_t below; };
 
     std::vector<Edge> edges_;
     std::vector<Jump> jumps_;
@@ -66,22 +66,27 @@ private:
     std::vector<std::unique_ptr<int32_t[]>> blocks_;  // where rows lie
     size_t block_used_ = 0;
     std::vector<std::unique_ptr<std::vector<int32_t>>> after_character_;  // empty where some character cannot follow
-    std::vector<Frame> frames_{{0, 0}};  // stack 0 is empty
-    std::unordered_map<uint64_t, uint32_t> stacks_;
+    std::vector<const Set*> stacks_;  // the tops, each with the stack below it; the first is that of the whole text, with no state
+    std::unordered_map<Set, uint32_t, Hash> stack_of_;
+    std::unordered_map<uint64_t, uint32_t> pushed_, merged_;
 
     // Kept from one step to the next, so that they are not allocated anew.
     struct Arc { int32_t low, high; uint64_t target; };
     struct Made { size_t begin, end; int32_t node; };
     std::vector<Arc> arcs_;
     std::vector<Made> made_;
-    Set targets_, seen_, set_;
-    std::unordered_set<uint64_t> seen_table_;
+    struct Reached { int32_t state; uint32_t stack; bool waits; };
+    Set targets_, set_;
+    std::vector<Reached> reached_;
+    std::vector<int32_t> waiting_, place_;  // indices into reached_: of what is to be followed, and of each state, -1 for none
 
     const int32_t* fill(int32_t node);
     int32_t node_of(const uint64_t* targets, size_t count);
-    void see(uint64_t configuration);
+    void reach(int32_t state, uint32_t stack);
+    uint32_t stack_of(const Set& tops);
     int32_t* new_row();
     uint32_t pushed(int32_t back, uint32_t stack);
+    uint32_t merged(uint32_t one, uint32_t other);
     bool leads_only_to_ends(int32_t state, std::vector<char>& known);
     const std::vector<int32_t>& after_character(int32_t node);
     bool all_follow(int32_t node, int low, int high, int more, std::vector<int32_t>& reached);

@@ -49,11 +49,20 @@ def test_what_must_follow():
     assert machine.forced(machine.walk(machine.start(), b"abc"), 10) == b"", "the text may end here"
 
 
-def test_a_grammar_of_too_many_readings_is_an_error():
-    """Rule 0: "a" | "a" rule then one of two states to come back to: the stacks double with every a."""
-    machine = made(5, [(0, A, A, 4), (0, A, A, 1), (2, B, B, 4), (3, B, B, 4)], calls=[(1, 0, 2), (1, 0, 3)], ends=[4])
-    with pytest.raises(ValueError, match="expected a language in which few readings"):
-        machine.walk(machine.start(), b"a" * 40)
+def test_readings_share_their_stacks():
+    """Rule 0: "a" | "a" rule then one of two states to come back to, each by a byte of its own: 2^n stacks after n times a."""
+    machine = made(5, [(0, A, A, 4), (0, A, A, 1), (2, B, B, 4), (3, C, C, 4)], calls=[(1, 0, 2), (1, 0, 3)], ends=[4])
+    assert whole(machine, b"a" * 300 + b"bc" * 149 + b"b")
+    assert not whole(machine, b"a" * 300 + b"bc" * 150)
+    assert machine.size() < 1000
+
+
+def test_stacks_of_different_depth_are_told_apart():
+    """Rule 0: "a" rule "b" | "a" rule | nothing: at most as many b as there are a."""
+    machine = made(5, [(0, A, A, 1), (0, A, A, 4), (2, B, B, 3)], jumps=[(0, 3)], calls=[(1, 0, 2), (4, 0, 3)], ends=[3])
+    for n in range(8):
+        for m in range(10):
+            assert whole(machine, b"a" * n + b"b" * m) == (m <= n)
 
 
 @pytest.mark.parametrize("wrong", [

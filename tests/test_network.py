@@ -5,7 +5,7 @@ import random
 
 import constrained
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorlhf.engine.constrain import grammar, network, regex
@@ -15,6 +15,7 @@ from nanorlhf.engine.constrain.network import automaton, byte_ranges
 POINT = st.integers(0, 0x10FFFF) | st.sampled_from([0x7F, 0x80, 0x7FF, 0x800, 0xFFFF, 0x10000, 0x10FFFF, 0xD7FF, 0xE000])
 
 
+@settings(deadline=None)
 @given(POINT, POINT, st.integers(0, 1 << 30))
 def test_ranges_of_bytes_are_those_of_the_characters(one, other, seed):
     ranges = chars([(min(one, other), max(one, other))]).ranges
