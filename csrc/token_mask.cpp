@@ -10,7 +10,7 @@ namespace {
 constexpr int32_t kNone = -1;
 // The longest tokens of the groups of free text, in characters; longer ones are with the others. Where at least so many may
 // follow, a group is allowed as a whole. Most tokens are short, and most places where text is bounded are far from the bound.
-constexpr int32_t kLengths[] = {8, 16, 64};
+constexpr int32_t kLengths[] = {8, 16, 32};
 
 // The characters of a token of free text, or 0 for another.
 int32_t characters(std::string_view token) {

@@ -22,7 +22,7 @@ def vocabulary(rng, size=700):
 
 LANGUAGES = [
     json_schema({"type": "string"}),
-    *(json_schema({"type": "string", "maxLength": n}) for n in (3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 90)),
+    *(json_schema({"type": "string", "maxLength": n}) for n in (3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 90)),
     json_schema({"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 30}}),
     json_schema({}),
     regex(r".*"),

@@ -139,7 +139,7 @@ class TokenConstraint:
             if node >= 0 and self._automaton.complete(node):
                 row |= self._end_bits
             if not row.any():
-                raise ValueError(f"constrain: nothing can follow {self._place(state)}: no token of the vocabulary leads on, nor is there an end token")
+                raise ValueError(f"constrain: nothing can follow {self._place(state)}: no token of the vocabulary leads on, nor can it end")
             row.setflags(write=False)
             if len(self._rows) * row.nbytes >= _ROW_BYTES:
                 del self._rows[next(iter(self._rows))]

@@ -211,20 +211,18 @@ class _Schema:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise fail(f"{where}/{key}", "a number", value)
         bounds = {key: Decimal(str(value)) for key, value in own.items() if key != "multipleOf"}
-        low = max((bounds[key], key == "exclusiveMinimum") for key in ("minimum", "exclusiveMinimum") if key in bounds) if (
-            bounds.keys() & {"minimum", "exclusiveMinimum"}) else (None, False)
-        high = min((bounds[key], key == "maximum") for key in ("maximum", "exclusiveMaximum") if key in bounds) if (
-            bounds.keys() & {"maximum", "exclusiveMaximum"}) else (None, True)
-        low, above, high, below = *low, high[0], not high[1]
+        # Of two bounds that are equal the one that leaves itself out is the tighter.
+        low, above = max(((bounds[key], key != "minimum") for key in ("minimum", "exclusiveMinimum") if key in bounds), default=(None, False))
+        high, at = min(((bounds[key], key == "maximum") for key in ("maximum", "exclusiveMaximum") if key in bounds), default=(None, True))
         if "multipleOf" in own:
             of = own["multipleOf"]
             if of != int(of) or not 0 < of <= 1000 or bounds:
                 raise fail(f"{where}/multipleOf", "a whole number from 1 to 1000, without bounds beside it", of)
             return json_text.multiples(int(of), self.rules)
         if kind == "number":
-            return json_text.numbers(low, high, above, below)
+            return json_text.numbers(low, high, above, below=not at)
         low, high = (None if bound is None else Fraction(bound) for bound in (low, high))
-        return json_text.integers(*json_text.whole_bounds(low, high, above, below))
+        return json_text.integers(*json_text.whole_bounds(low, high, above, below=not at))
 
     def array(self, own: dict, where: str) -> Expr:
         prefix, low, high = own.get("prefixItems", []), _count(own, "minItems", where) or 0, _count(own, "maxItems", where)
