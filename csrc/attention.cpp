@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t QUERIES_PER_TASK = 256;  // packing keys and values costs little beside this many queries
 constexpr int64_t TASKS_PER_THREAD = 4;    // with so many no thread waits long for the last one
+constexpr int64_t WORTH_THREADS = 65536;   // elements of keys, for each query: about the cost of waking threads
 
 int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -41,7 +42,9 @@ void run(const std::vector<AttentionTask>& tasks, Kernel kernel, int64_t scratch
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), tasks.size()));
     Scratch scratch(threads, scratch_floats);
     const int64_t count = static_cast<int64_t>(tasks.size());
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    int64_t work = 0;
+    for (const AttentionTask& t : tasks) work += (t.query_end - t.query_begin) * t.length * t.problem->head_dim;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > WORTH_THREADS)
     for (int64_t i = 0; i < count; ++i) kernel(tasks[i], scratch.slice(omp_get_thread_num()));
 }
 
@@ -181,7 +184,8 @@ void attention_decode(const DecodeProblem& given, const DecodePages& pages, bool
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), std::max<int64_t>(count, 1)));
     Scratch scratch(threads, as_forward ? attention_forward_scratch(padded(longest), width) : attention_decode_scratch(padded(longest), width, group));
     const Kernels& table = kernels();
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count * longest * p.head_dim > 65536)
+    const int64_t turn = std::clamp<int64_t>(count / (TASKS_PER_THREAD * threads), 1, 4);
+#pragma omp parallel for schedule(dynamic, turn) num_threads(threads) if (count * longest * p.head_dim > WORTH_THREADS)
     for (int64_t i = 0; i < count; ++i)
         (as_forward && p.spans[i / p.kv_heads].length ? decode_as_forward : table.attention_decode)(
             p, i / p.kv_heads, i % p.kv_heads, scratch.slice(omp_get_thread_num()));
