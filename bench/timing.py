@@ -51,9 +51,9 @@ for line in sys.stdin:
         self.child.wait()
 
 
-def interleaved(contenders, repeats=9, warmups=2):
-    """Times {name: callable} in turns, so that a busy moment hits all alike. Returns {name: (median, spread)} in
-    milliseconds; the spread is the distance between the quartiles. A callable that returns a number has timed itself."""
+def in_turns(contenders, repeats=9, warmups=2):
+    """Times {name: callable} in turns, so that a busy moment hits all alike. Returns {name: milliseconds of each turn}; those of
+    one turn may be compared with one another. A callable that returns a number has timed itself."""
     for _ in range(warmups):
         for run in contenders.values():
             run()
@@ -63,11 +63,18 @@ def interleaved(contenders, repeats=9, warmups=2):
             start = time.perf_counter()
             own = run()
             samples[name].append(own if isinstance(own, float) else 1e3 * (time.perf_counter() - start))
-    result = {}
-    for name, values in samples.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        result[name] = (middle, high - low)
-    return result
+    return samples
+
+
+def middle_and_spread(values):
+    """The median, and the distance between the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return middle, high - low
+
+
+def interleaved(contenders, repeats=9, warmups=2):
+    """{name: (median, spread)} in milliseconds of ``in_turns``."""
+    return {name: middle_and_spread(values) for name, values in in_turns(contenders, repeats, warmups).items()}
 
 
 def copying(nbytes):

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t QUERIES_PER_TASK = 256;  // packing keys and values costs little beside this many queries
 constexpr int64_t TASKS_PER_THREAD = 4;    // with so many no thread waits long for the last one
+constexpr int64_t WORTH_THREADS = 65536;   // elements of keys, for each query: about the cost of waking threads
 
 int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -41,7 +42,9 @@ void run(const std::vector<AttentionTask>& tasks, Kernel kernel, int64_t scratch
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), tasks.size()));
     Scratch scratch(threads, scratch_floats);
     const int64_t count = static_cast<int64_t>(tasks.size());
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    int64_t work = 0;
+    for (const AttentionTask& t : tasks) work += (t.query_end - t.query_begin) * t.length * t.problem->head_dim;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > WORTH_THREADS)
     for (int64_t i = 0; i < count; ++i) kernel(tasks[i], scratch.slice(omp_get_thread_num()));
 }
 
@@ -84,6 +87,29 @@ int64_t prefix_length(const DecodeProblem& p, const DecodePages& pages, int64_t 
     return pages.own ? pages.prefix_lengths[prefix] : p.prefix_bounds[prefix + 1] - p.prefix_bounds[prefix];
 }
 
+// What each prefix falls into, which `of` then says, and after that what each sequence sees; with an empty `of`, its prefix too.
+Views see(const DecodeProblem& p, const DecodePages& pages, std::vector<PrefixParts>& of) {
+    Views views;
+    for (int64_t b = 0; b < p.batch && !of.empty(); ++b)
+        if (p.owner[b] >= 0) of[p.owner[b]].step += p.heads / p.kv_heads;
+    int64_t rows = 0, prefix = 0;
+    for (PrefixParts& parts : of) {
+        const int64_t length = parts.step ? prefix_length(p, pages, prefix) : 0;
+        for (int64_t begin = 0; begin < length; begin += PREFIX_KEYS) {
+            views.open();
+            views.add_prefix(p, pages, prefix, begin, std::min(begin + PREFIX_KEYS, length));
+        }
+        parts.row = rows, parts.count = (length + PREFIX_KEYS - 1) / PREFIX_KEYS;
+        rows += parts.count * parts.step, ++prefix;
+    }
+    for (int64_t b = 0; b < p.batch; ++b) {
+        views.open();
+        if (of.empty() && p.prefixes && p.owner[b] >= 0) views.add_prefix(p, pages, p.owner[b], 0, prefix_length(p, pages, p.owner[b]));
+        views.add_own(p, pages, b);
+    }
+    return views;
+}
+
 // The heads that share keys are the queries of one tile; a query's place in its tile changes nothing.
 void decode_as_forward(const DecodeProblem& p, int64_t sequence, int64_t kv_head, float* scratch) {
     const int64_t group = p.heads / p.kv_heads, first = kv_head * group, size = p.dtype == FLOAT32 ? 4 : 2;
@@ -113,31 +139,13 @@ void attention_backward(const AttentionProblem& p, int num_threads) {
 
 void attention_decode(const DecodeProblem& given, const DecodePages& pages, bool as_forward, int num_threads) {
     DecodeProblem p = given;
-    Views views;
-    for (int64_t b = 0; as_forward && b < p.batch; ++b) {
-        views.open();
-        if (p.prefixes && p.owner[b] >= 0) views.add_prefix(p, pages, p.owner[b], 0, prefix_length(p, pages, p.owner[b]));
-        views.add_own(p, pages, b);
-    }
-    if (as_forward) p.prefixes = 0;
     const int64_t group = p.heads / p.kv_heads, width = padded(p.head_dim), size = p.dtype == FLOAT32 ? 4 : 2;
-    std::vector<PrefixParts> of(p.prefixes, PrefixParts{0, 0, 0}), parts(p.batch, PrefixParts{0, 0, 0});
-    for (int64_t b = 0; p.prefixes && b < p.batch; ++b)
-        if (p.owner[b] >= 0) of[p.owner[b]].step += group;
-    int64_t rows = 0, splits = 0, longest = 0;
-    for (int64_t i = 0; i < p.prefixes; ++i) {
-        const int64_t length = of[i].step ? prefix_length(p, pages, i) : 0;
-        of[i].row = rows, of[i].count = (length + PREFIX_KEYS - 1) / PREFIX_KEYS;
-        rows += of[i].count * of[i].step, splits += of[i].count;
-        for (int64_t begin = 0; begin < length; begin += PREFIX_KEYS) {
-            views.open();
-            views.add_prefix(p, pages, i, begin, std::min(begin + PREFIX_KEYS, length));
-        }
-    }
-    for (int64_t b = 0; !as_forward && b < p.batch; ++b) {
-        views.open();
-        views.add_own(p, pages, b);
-    }
+    std::vector<PrefixParts> of(as_forward ? 0 : p.prefixes, PrefixParts{0, 0, 0}), parts(p.batch, PrefixParts{0, 0, 0});
+    const Views views = see(p, pages, of);
+    p.prefixes = static_cast<int64_t>(of.size());
+    const int64_t splits = static_cast<int64_t>(views.spans.size()) - p.batch;
+    int64_t rows = 0, longest = 0;
+    for (const PrefixParts& x : of) rows += x.count * x.step;
     p.runs = views.runs.data(), p.spans = views.spans.data() + splits;
     // Queries lie like what becomes of them, (rows, kv_heads, D): a prefix's in the rows of its first part.
     Scratch packed(1, rows * p.kv_heads * p.head_dim), part_out(1, rows * p.kv_heads * width);
@@ -181,7 +189,8 @@ void attention_decode(const DecodeProblem& given, const DecodePages& pages, bool
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), std::max<int64_t>(count, 1)));
     Scratch scratch(threads, as_forward ? attention_forward_scratch(padded(longest), width) : attention_decode_scratch(padded(longest), width, group));
     const Kernels& table = kernels();
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count * longest * p.head_dim > 65536)
+    const int64_t turn = std::clamp<int64_t>(count / (TASKS_PER_THREAD * threads), 1, 4);
+#pragma omp parallel for schedule(dynamic, turn) num_threads(threads) if (count * longest * p.head_dim > WORTH_THREADS)
     for (int64_t i = 0; i < count; ++i)
         (as_forward && p.spans[i / p.kv_heads].length ? decode_as_forward : table.attention_decode)(
             p, i / p.kv_heads, i % p.kv_heads, scratch.slice(omp_get_thread_num()));

@@ -19,16 +19,17 @@ struct Row {
     const T* x;
     const uint32_t* mask;
     int columns, blocks;
-    float inverse, maximum, best;  // the largest of all, and of those that the mask allows
-    float one;                     // the logit of weight 1: one of these two
-    float *peaks, *sums, *wholes;  // of each block: each lane's largest; the sum of its weights; MASKED, of all e^((x - maximum) / T)
+    float inverse, best, one;      // best: the largest that the mask allows, whose weight is 1; one: sample.h, SAMPLE_NEAR
+    float *peaks, *sums, *wholes;  // of each block: each lane's largest; the sum of its weights; MASKED, of all e^((x - one) / T)
 
     DEVICE float any(int i) const { return i < columns ? to_float(x[i]) : -INFINITY; }
     DEVICE bool allows(int i) const { return !MASKED || (i < columns && (mask[i / 32] >> (i % 32) & 1)); }
     DEVICE float at(int i) const { return allows(i) ? any(i) : -INFINITY; }
-    DEVICE void measure() { one = !MASKED || near() ? maximum : best; }
-    DEVICE bool near() const { return __fmul_rn(__fsub_rn(best, maximum), inverse) >= SAMPLE_NEAR; }
-    DEVICE float weight(float value) const { return weight(value, one); }
+    DEVICE void measure(float maximum, float allowed) {
+        best = allowed;
+        one = !MASKED || __fmul_rn(__fsub_rn(maximum, best), inverse) <= SAMPLE_NEAR ? best : maximum;
+    }
+    DEVICE float weight(float value) const { return weight(value, best); }
     DEVICE float weight(float value, float shift) const {  // e^((value - shift) / T), NaN for NaN and beside what is no number
         const float z = __fmul_rn(__fsub_rn(value, shift), inverse), y = z < -87.f ? -87.f : z;
         const float shifted = __fadd_rn(__fmul_rn(y, LOG2E), 12582912.f), whole = __fsub_rn(shifted, 12582912.f);
@@ -39,7 +40,7 @@ struct Row {
         q = __fadd_rn(0.5f, __fmul_rn(r, q));
         const float p = __fadd_rn(1.f, __fadd_rn(r, __fmul_rn(__fmul_rn(r, r), q)));
         const float e = __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
-        return z < -87.f ? 0.f : z <= 0.f ? e : NAN;
+        return z < -87.f ? 0.f : z <= SAMPLE_NEAR ? e : NAN;
     }
 };
 
@@ -94,14 +95,14 @@ DEVICE void find_sums(const Row<T, MASKED>& row, int first, int end, float least
 template <class T, bool MASKED>
 DEVICE void find_first_sums(const Row<T, MASKED>& row, int first, int end) {
     if (!MASKED) return find_sums(row, first, end, -INFINITY);
-    const bool shared = row.one == row.maximum;
+    const bool shared = row.one == row.best;
     each_block(first, end, [&](int block, int lane) {
         float sum = 0.f, whole = 0.f;
         if (block < end) {
 #pragma unroll 8
             for (int j = 0; j < EACH; ++j) {
                 const int i = block * BLOCK + j * LANES + lane;
-                const float value = row.any(i), weight = row.weight(value, row.maximum);
+                const float value = row.any(i), weight = row.weight(value, row.one);
                 whole = __fadd_rn(whole, weight);
                 if (row.allows(i)) sum = __fadd_rn(sum, shared ? weight : row.weight(value));
             }
@@ -266,18 +267,18 @@ DEVICE float least_logit(const SampleSettings& s, const Row<T, MASKED>& row, dou
         // What is cut for sure: logits without weight; for top-p, those that even together weigh less than 1 - p; for top-k, those
         // below the k-th of the lanes' maxima.
         const double light = log((1 - s.top_p) * total / static_cast<double>(row.columns)) - 1e-3;
-        low = fmaxf(static_cast<float>(row.one + s.temperature * (top_k || light < -88 ? -88 : light)), -3e38f);
+        low = fmaxf(static_cast<float>(row.best + s.temperature * (top_k || light < -88 ? -88 : light)), -3e38f);
         const auto weight = [&](float value) { return row.weight(value); };
         const Elements<T, MASKED> elements{row};
         if (top_k) {
             const double k = static_cast<double>(s.top_k);
             const Peaks peaks{row.peaks, row.blocks * LANES};
-            if (s.top_k <= peaks.count) low = least_kept<false>(peaks, weight, peaks.count, low, row.one, k, shared);
-            low = least_kept<false>(elements, weight, row.columns, low, row.one, k, shared);
+            if (s.top_k <= peaks.count) low = least_kept<false>(peaks, weight, peaks.count, low, row.best, k, shared);
+            low = least_kept<false>(elements, weight, row.columns, low, row.best, k, shared);
         }
         if (s.top_p < 1) {
             if (top_k) total = mass_from<true>(elements, weight, {low, low, low}, shared).weight[0];
-            low = least_kept<true>(elements, weight, row.columns, low, row.one, s.top_p * total, shared);
+            low = least_kept<true>(elements, weight, row.columns, low, row.best, s.top_p * total, shared);
         }
     }
     return s.min_p > 0 ? fmaxf(low, static_cast<float>(row.best + s.temperature * log(s.min_p))) : low;
@@ -361,9 +362,8 @@ DEVICE float largest_of(const float* maxima, int splits) {  // by each warp
 }
 template <class T, bool MASKED>
 DEVICE void measure_splits(Row<T, MASKED>& row, int splits) {
-    row.maximum = largest_of(maxima_of(row), splits);
-    row.best = MASKED ? largest_of(maxima_of(row) + MOST_SPLITS, splits) : row.maximum;
-    row.measure();
+    const float maximum = largest_of(maxima_of(row), splits);
+    row.measure(maximum, MASKED ? largest_of(maxima_of(row) + MOST_SPLITS, splits) : maximum);
 }
 template <class T, bool MASKED>
 __global__ void __launch_bounds__(SPLIT_THREADS) sample_sums_kernel(SampleProblem p, float* workspace) {
@@ -386,14 +386,13 @@ __global__ void __launch_bounds__(THREADS, MASKED ? 1 : 2) sample_kernel(SampleP
         measure_splits(row, splits);
     } else {
         const Highest highest = find_peaks(row, 0, row.blocks);
-        row.maximum = block_max(highest.all, shared.room) + 0.f;
-        row.best = MASKED ? block_max(highest.allowed, shared.room) + 0.f : row.maximum;
-        row.measure();
+        const float maximum = block_max(highest.all, shared.room) + 0.f;
+        row.measure(maximum, MASKED ? block_max(highest.allowed, shared.room) + 0.f : maximum);
         find_first_sums(row, 0, row.blocks);
         __syncthreads();
     }
     const double total = total_of(row.sums, row.blocks, shared), whole = MASKED ? total_of(row.wholes, row.blocks, shared) : total;
-    if (!(whole >= 1) || !(row.best > -INFINITY) || !in_range(s)) {  // the maximum's weight is 1, and NaN is no number
+    if (!(whole >= 1) || !(row.best > -INFINITY) || !in_range(s)) {  // one weight is 1, and NaN is no number
         if (threadIdx.x == 0) p.tokens[r] = -1, p.logprob[r] = p.unfiltered[r] = p.kept[r] = NAN;
         return;
     }
@@ -401,7 +400,7 @@ __global__ void __launch_bounds__(THREADS, MASKED ? 1 : 2) sample_kernel(SampleP
     const double temperature = greedy ? 1 : s.temperature;
     if (threadIdx.x == 0) {
         shared.whole = whole;
-        p.kept[r] = static_cast<float>(total / whole * exp((static_cast<double>(row.one) - row.maximum) / temperature));
+        p.kept[r] = static_cast<float>(total / whole * exp((static_cast<double>(row.best) - row.one) / temperature));
     }
     const float least = greedy ? row.best : least_logit(s, row, total, shared);
     double left = total;
@@ -426,8 +425,8 @@ __global__ void __launch_bounds__(THREADS, MASKED ? 1 : 2) sample_kernel(SampleP
     if (threadIdx.x == 0) {
         const double token = row.at(shared.token);
         p.tokens[r] = shared.token;
-        p.logprob[r] = greedy ? 0.f : static_cast<float>((token - row.one) / temperature - log(left));
-        p.unfiltered[r] = static_cast<float>((token - row.maximum) / temperature - log(shared.whole));
+        p.logprob[r] = greedy ? 0.f : static_cast<float>((token - row.best) / temperature - log(left));
+        p.unfiltered[r] = static_cast<float>((token - row.one) / temperature - log(shared.whole));
     }
 }
 

@@ -39,9 +39,9 @@ struct SampleProblem {
 // Values of a token that is none: the row holds NaN or +inf, or nothing above -inf; the mask allows nothing above -inf.
 constexpr int64_t SAMPLE_NO_ROW = -1, SAMPLE_NO_MASK = -2;
 
-// A mask's best token may be less probable than the row's by this in the exponent before the masked weights are measured against
-// it instead of against the row's: so the two share their exponentials nearly always, and a weight never vanishes with its row.
-constexpr float SAMPLE_NEAR = -16.0f;
+// Weights are e^((x - best) / T) for the best token that the mask allows: the bits that they have where the others are -inf. The
+// others' sum shares these exponentials while none is above this; else it is made of its own, against the row's maximum.
+constexpr float SAMPLE_NEAR = 16.0f;
 
 // Floats that one thread's work takes: the weights, the least kept ones twice over, and sums and maxima of blocks.
 constexpr int64_t sample_room(int64_t columns) { return 4 * columns + 4096; }

@@ -24,6 +24,7 @@ def _run(default: RunConfig):
             resume: Go on with the run in the folder, with the settings it began with.
             json: Print the report as JSON.
         """
+        from . import parallel
         from .progress import Progress
         from .run import run as run_all
 
@@ -33,6 +34,8 @@ def _run(default: RunConfig):
         except KeyboardInterrupt:
             CONSOLE.print(f"Interrupted. Go on with: nanorlhf run --out {config.out} --resume", markup=False, soft_wrap=True)
             sys.exit(130)
+        if not parallel.first():
+            return
         if json_:
             print(json.dumps(report))
             return
@@ -120,6 +123,10 @@ def tokenizer() -> None:
     """Train a vocabulary, encode, decode, look into one: nanorlhf tokenizer --help."""
 
 
+def lab() -> None:
+    """Experiments on a finished run, for its report: nanorlhf lab --help."""
+
+
 def data(offline: bool = False, json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """Fetch what can be fetched, and list the sources of text and those that are left out.
 
@@ -164,7 +171,7 @@ def doctor(json_: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
 
 VERBS = {"pretrain": _stage("base"), "sft": _stage("sft"), "reward": _stage("reward"), "ppo": _stage("ppo"),
          "dpo": _stage("dpo"), "rloo": _stage("rloo"), "grpo": _stage("grpo"), "reinforce": _stage("reinforce"),
-         "chat": chat, "report": report, "tokenizer": tokenizer, "data": data, "doctor": doctor}
+         "chat": chat, "report": report, "tokenizer": tokenizer, "lab": lab, "data": data, "doctor": doctor}
 
 
 def main() -> None:
@@ -176,6 +183,11 @@ def main() -> None:
 
             tyro.extras.subcommand_cli_from_dict(tokenizer_cli.VERBS, prog="nanorlhf tokenizer", args=words[1:],
                                                  description=tokenizer_cli.__doc__)
+            return
+        if words[:1] == ["lab"]:
+            from . import lab
+
+            tyro.extras.subcommand_cli_from_dict(lab.VERBS, prog="nanorlhf lab", args=words[1:], description=lab.__doc__)
             return
         verbs = {"run": _run(_preset(words)), **VERBS}
         tyro.extras.subcommand_cli_from_dict(verbs, prog="nanorlhf", description=__doc__)

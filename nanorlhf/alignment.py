@@ -30,20 +30,25 @@ def judge_of(run) -> Judge:
 
 
 def training_prompts(run, count: int, room: int) -> List[List[int]]:
-    """Prompts that leave room for so many tokens, up to the assistant's turn."""
+    """Prompts that leave room for so many tokens, up to the assistant's turn. Errors: ValueError when none does."""
     assistant = Assistant(stages.load_stage(run, "sft"), run.tokenizer)
     asked = render_prompts(assistant, stages.questions(run, False, count, run.config.seed + 1))
-    return [p for p in asked if len(p) <= run.config.model.context - room]
+    fitting = [p for p in asked if len(p) <= run.config.model.context - room]
+    if not fitting:
+        raise ValueError(f"none of {len(asked)} prompts leaves room for {room} more tokens in a context of {run.config.model.context}")
+    return fitting
 
 
 def finish(run, stage: str, policy, seconds: float) -> None:
     stages.save_stage(run, stage, policy)
-    last = [row for row in metrics.read(run.folder) if row["stage"] == stage and "event" not in row][-5:]  # of all sittings
+    last = [row for row in metrics.read(run.folder)  # of all sittings
+            if row["stage"] == stage and row.get("event", "stop") == "stop"][-5:]
     run.complete(stage, seconds, **{key: sum(r[key] for r in last) / len(last) for key in MEASURED if last and key in last[0]})
 
 
-def ppo_stage(run) -> None:
-    state, config = run.state("ppo"), run.config.ppo
+def ppo_models(run) -> tuple:
+    """Policy, reference and value model as PPO starts from them; a shared value model is the policy."""
+    config = run.config.ppo
     policy, ref = stages.load_stage(run, "sft", config.value == "shared"), stages.load_stage(run, "sft")
     if config.value == "shared":
         value = policy
@@ -51,6 +56,12 @@ def ppo_stage(run) -> None:
         value = stages.load_stage(run, "reward") if config.value_init == "reward" else stages.load_stage(run, "sft", True)
     if config.value_init == "zero" or config.value == "shared":
         torch.nn.init.zeros_(value.score.weight)
+    return policy, ref, value
+
+
+def ppo_stage(run) -> None:
+    state, config = run.state("ppo"), run.config.ppo
+    policy, ref, value = ppo_models(run)
     prompts = training_prompts(run, config.distinct_prompts, config.max_new_tokens)
     ppo(policy, ref, value, judge_of(run), prompts, config, run.config.seed, state, run.log)
     if config.value == "shared":

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from . import parallel
 from .config import ModelConfig
 from .model import Model, compute_dtype
 
@@ -23,14 +24,17 @@ FORMAT = 1  # raised when a run's folder changes meaning
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a kill at any moment leaves the old content or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    """Write ``data`` to ``path`` so that a kill at any moment leaves the old content or the new. Of several ranks the first writes,
+    and the others wait for it."""
+    if parallel.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    parallel.wait()
 
 
 def write_json(path: Path, value) -> None:
@@ -150,9 +154,10 @@ class StageState:
 
     def tick(self, step: int, **numbers) -> None:
         """Save if the last save is longer ago than ``every``."""
-        if time.perf_counter() - self.saved >= self.every:
+        if parallel.agreed(time.perf_counter() - self.saved >= self.every):
             self.save(step, **numbers)
 
     def clear(self) -> None:
         """The stage is complete: its state is no longer needed."""
-        self.path.unlink(missing_ok=True)
+        if parallel.first():
+            self.path.unlink(missing_ok=True)

@@ -24,12 +24,16 @@ def answers(run) -> tuple:
     systems = {name: Assistant(load_stage(run, name), run.tokenizer) for name in names}
     found = compare(systems, examples, train, load_ensemble(run), config.eval.best_of, config.eval.shots, config.ppo.max_new_tokens,
                     config.eval.temperature, config.seed)
-    # The source films holds training films only, so its held-out part is not the judge's to read.
-    reference = [text for name, documents in run.corpus.held_out.items() if name != "films" for text in documents]
-    judge = GoldJudge.fit(run.corpus.films.gold if run.corpus.films else [], reference, [e.response for e in train])
+    judge = gold_judge(run)
     scores = {name: [judge.score(e, text) for e, text in zip(examples, a.texts)] for name, a in found.items()}
     copied = {name: sum(map(judge.copied, a.texts)) / len(a.texts) for name, a in found.items()}
     return examples, found, scores, copied
+
+
+def gold_judge(run) -> GoldJudge:
+    # The source films holds training films only, so its held-out part is not the judge's to read.
+    reference = [text for name, documents in run.corpus.held_out.items() if name != "films" for text in documents]
+    return GoldJudge.fit(run.corpus.films.gold if run.corpus.films else [], reference, [e.response for e in run.corpus.demonstrations[0]])
 
 
 def comparison(run) -> dict:

@@ -1,8 +1,9 @@
 """Every setting of a run, as frozen dataclasses. A preset is a function; command-line flags are made from the fields."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Annotated, Literal, Tuple
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Literal, Tuple, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -10,6 +11,29 @@ import tyro
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ValueError(sentence)
+
+
+# What settings of these names may be; beside them every number is finite, and a whole one above 0.
+_ABOVE_0 = {"temperature", "top_p", "clip", "value_clip", "beta"}
+_FROM_0 = {"top_k", "min_p", "importance_cap", "kl_coef", "kl_target", "kl_budget", "micro_episodes", "ratio_stop", "gamma", "lam",
+           "value_coef", "label_smoothing", "margin", "unfavourable", "labeller_temperature", "evals", "lr", "muon_lr", "weight_decay"}
+_AT_MOST = {"top_p": 1, "min_p": 1, "gamma": 1, "lam": 1, "label_smoothing": 0.5, "unfavourable": 1}
+
+
+def _check_ranges(name: str, config) -> None:
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value, at = getattr(config, f.name), f"{name}.{f.name}"
+        if is_dataclass(value):
+            _check_ranges(at, value)
+        elif get_origin(hints[f.name]) is Literal:
+            _require(value in get_args(hints[f.name]), f"{at} must be one of {', '.join(get_args(hints[f.name]))}, got {value!r}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            whole = isinstance(value, int) and f.name not in _FROM_0
+            _require(math.isfinite(value), f"{at} must be finite, got {value}")
+            _require(value > 0 or not whole and f.name not in _ABOVE_0, f"{at} must be above 0, got {value}")
+            _require(value >= 0 or f.name not in _FROM_0, f"{at} must be 0 or more, got {value}")
+            _require(value <= _AT_MOST.get(f.name, value), f"{at} must be at most {_AT_MOST.get(f.name)}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -161,7 +185,7 @@ class GroupConfig(RLConfig):
 
     prompts: int = 32  # of a step
     samples: int = 4  # responses to each
-    advantage: Literal["rloo", "grpo", "reinforce"] = "rloo"
+    advantage: Annotated[Literal["rloo", "grpo", "reinforce"], tyro.conf.Suppress] = "rloo"  # in a run, the stage's own
     std_norm: bool = True  # grpo: divide by the group's deviation (off: Dr. GRPO)
     length_norm: bool = True  # grpo: a response's tokens count 1/length each (off: all tokens alike)
     baseline: bool = False  # reinforce: subtract the batch's mean reward
@@ -212,16 +236,8 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        aligned = (self.ppo, self.rloo, self.grpo, self.reinforce, self.dpo)
-        for stage in (self.tokenizer, self.pretrain, self.sft, self.reward, *aligned, self.eval):
-            for f in fields(stage):
-                value = getattr(stage, f.name)
-                if isinstance(value, int) and not isinstance(value, bool) and f.name not in ("evals", "top_k", "micro_episodes"):
-                    _require(value > 0, f"{type(stage).__name__}: {f.name} must be positive, got {value}")
-        for name, value in (("ppo.temperature", self.ppo.temperature), ("eval.temperature", self.eval.temperature),
-                            ("data.held_out_bytes", self.data.held_out_bytes),
-                            ("data.max_source_bytes", self.data.max_source_bytes)):
-            _require(value > 0, f"{name} must be above 0, got {value}")
+        for name in ("data", "tokenizer", "pretrain", "sft", "reward", "ppo", "rloo", "grpo", "reinforce", "dpo", "eval"):
+            _check_ranges(name, getattr(self, name))
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
         _require(self.eval.prompts >= 6, f"eval.prompts must be at least 6 for an interval in each family, "
                  f"got {self.eval.prompts}")
@@ -234,6 +250,12 @@ class RunConfig:
                      f"{name}: {group.prompts} prompts of {group.samples} samples cannot be cut into {group.minibatches} minibatches")
             _require(group.max_new_tokens < self.model.context, f"{name}.max_new_tokens ({group.max_new_tokens}) leaves no room for a "
                      f"prompt in the model's context ({self.model.context})")
+        for name in ("ppo", "rloo", "grpo", "reinforce"):
+            rl = getattr(self, name)
+            episodes = rl.prompts * getattr(rl, "samples", 1)
+            _require(not rl.kl_target or episodes < 5 * rl.kl_horizon,  # a step moves beta by at most 0.2 · episodes / horizon of itself
+                     f"{name}.kl_horizon ({rl.kl_horizon}) is too short for {episodes} responses in a step: beta could fall to 0")
+        _require(self.dpo.loss == "sigmoid" or not self.dpo.label_smoothing, "dpo.label_smoothing is of the sigmoid loss; IPO has none")
         _require(self.dpo.samples >= 2, f"dpo.samples must be at least 2 to make a pair, got {self.dpo.samples}")
         # The tokenizer decides; the resolved configuration names one number.
         object.__setattr__(self, "model", replace(self.model, vocab_size=self.tokenizer.vocab_size))

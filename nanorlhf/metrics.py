@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from . import parallel
+
 
 class MetricsLog:
     """Appends rows to FOLDER/metrics.jsonl, creating both.
@@ -28,7 +30,7 @@ class MetricsLog:
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
+        if self.path.exists() and parallel.first():
             whole = self.path.read_bytes()
             os.truncate(self.path, whole.rfind(b"\n") + 1)
 
@@ -42,6 +44,8 @@ class MetricsLog:
         plain = _plain(row)
         if not isinstance(plain.get("stage"), str) or type(plain.get("step")) is not int:
             raise ValueError(f"metrics: expected a row with a stage name and an integer step, got {plain}")
+        if not parallel.first():
+            return
         line = json.dumps(plain, allow_nan=False) + "\n"  # ASCII: lone surrogates, too, survive as escapes
         with open(self.path, "ab", buffering=0) as file:
             file.write(line.encode("ascii"))
@@ -51,6 +55,8 @@ class MetricsLog:
 
         Rows of other stages stay. The new file is written beside the old one, synced, and renamed over it.
         """
+        if not parallel.first():
+            return
         kept = [row for row in read(self.path.parent) if row["stage"] != stage or row["step"] < step or (row["step"] == step and "event" not in row)]
         fresh = self.path.with_suffix(".jsonl.tmp")
         with open(fresh, "w", encoding="ascii") as file:

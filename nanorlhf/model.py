@@ -75,14 +75,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        N = x.shape[0]
-        q, k, v = (y.view(N, -1, self.head_size) for y in linear(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(len(y), y.shape[1] // self.head_size, self.head_size) for y in linear(x, self.q_proj, self.k_proj, self.v_proj))
         if self.rope_base is not None:
             weights = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm is not None else ()
             q, k, v = ops.rope_qkv(q, k, v, positions, self.rope_base, *weights)
         elif self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(self.layer, q, k, v).reshape(N, -1))
+        return self.o_proj(attend(self.layer, q, k, v).flatten(1))
 
 
 class SwiGLU(nn.Module):

@@ -1,4 +1,5 @@
-"""Data parallelism under torchrun: every rank holds the whole model, takes its share of the episodes, and gradients are summed.
+"""Data parallelism under torchrun: every rank holds the whole model, takes its share of each batch, and gradients are summed.
+The first rank writes the files.
 
 Without torchrun there is one rank, and nothing here does anything.
 """
@@ -15,7 +16,9 @@ T = TypeVar("T")
 def start(device: torch.device) -> None:
     """Join the other ranks, where torchrun has said that there are some."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def rank() -> int:
@@ -24,6 +27,26 @@ def rank() -> int:
 
 def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is the rank that writes files and speaks to the user."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def agreed(mine: T) -> T:
+    """What the first rank holds."""
+    if size() == 1:
+        return mine
+    held = [mine]
+    dist.broadcast_object_list(held)
+    return held[0]
 
 
 def share(count: int, at: int | None = None, of: int | None = None) -> slice:

@@ -4,8 +4,8 @@ Beside the keys that `validate` asks for, the page shows, where report.json has 
 samples.stages = [{family, prompt, responses: {model: text}, gold: {model: score}}], length.{model} (tokens),
 diversity.{model}.distinct_2, copied.{model}, reward.linear_pair_accuracy,
 reward.quality.{source} (evals/reward_quality.py), alignment.{model} = {kl, score, length, entropy}, ppo.gold_curve = [{kl, gold}], data[].slot,
-data[].documents, data[].epochs (how often pretraining read it), gold_by_family.{family}.{model}, and
-left_out = [reason].
+data[].documents, data[].epochs (how often pretraining read it), gold_by_family.{family}.{model},
+overoptimisation (lab/overoptimisation.py), and left_out = [reason].
 """
 
 import json
@@ -18,7 +18,7 @@ from string import Template
 from nanorlhf import metrics
 from nanorlhf.report_charts import can_draw
 from nanorlhf.report_page import at, duration, html_table, interval, missing, number, percent, section, text
-from nanorlhf.report_results import comparison, examples
+from nanorlhf.report_results import comparison, examples, overoptimisation
 from nanorlhf.report_training import (
     below_xz,
     entropy,
@@ -30,6 +30,7 @@ from nanorlhf.report_training import (
     samples_over_time,
 )
 
+EXPERIMENTS = {"overoptimisation": "overoptimisation.json"}  # what report.json holds of the lab: key and file of the run's folder
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo")
 
 # What report.json holds at least. "*" stands for every key of a mapping or entry of a list, of which there is one.
@@ -74,12 +75,17 @@ def write_report(folder: str | Path) -> Path:
     summary = folder / "report.json"
     if not summary.exists() and not (folder / "metrics.jsonl").exists():
         raise ValueError(f"report: expected report.json or metrics.jsonl in {folder}, got neither")
-    report = _load(summary) if summary.exists() else {}
+    report = {**(_load(summary) if summary.exists() else {}), **experiments(folder)}
     page = render(report, metrics.read(folder), can_draw())
     fresh = folder / "report.html.tmp"
     fresh.write_text(page, encoding="utf-8")
     os.replace(fresh, folder / "report.html")
     return folder / "report.html"
+
+
+def experiments(folder: Path) -> dict:
+    """The results of the lab's experiments on the run, as report.json names them."""
+    return {name: _load(folder / file) for name, file in EXPERIMENTS.items() if (folder / file).is_file()}
 
 
 def render(report: Mapping, rows: list[dict], drawn: bool) -> str:
@@ -93,6 +99,7 @@ def render(report: Mapping, rows: list[dict], drawn: bool) -> str:
         reward_model(report, rows, drawn),
         ppo(report, rows, drawn),
         reward_against_kl(report, rows, drawn),
+        overoptimisation(report, drawn),
         entropy(report, rows, drawn),
         data_card(report),
         machine_and_config(report),
@@ -125,7 +132,7 @@ def header(report: Mapping, drawn: bool) -> str:
     notes += [f"Not in report.json: {', '.join(gaps)}"] if gaps else []
     links = {
         "comparison": "Comparison", "examples": "Answers", "pretraining": "Pretraining", "samples": "Samples",
-        "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "reward-kl": "Reward and KL", "entropy": "Entropy",
+        "sft": "SFT", "reward": "Reward model", "ppo": "PPO", "reward-kl": "Reward and KL", "overoptimisation": "Over-optimisation", "entropy": "Entropy",
         "data": "Data", "machine": "Machine and config",
     }  # fmt: skip
     return (

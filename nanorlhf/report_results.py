@@ -3,9 +3,11 @@
 Each function takes the run's `report` (report.json) and whether charts are `drawn`, and returns one <section>.
 """
 
+import math
 from collections.abc import Mapping
 
-from nanorlhf.report_charts import Intervals, block
+from nanorlhf.evals.overoptimisation import curve
+from nanorlhf.report_charts import Chart, Intervals, Series, block
 from nanorlhf.report_page import MODELS, at, duration, html_table, interval, missing, number, percent, section, text
 
 OPEN_EXAMPLES = 2  # examples of each family that are unfolded
@@ -56,6 +58,64 @@ def examples(report: dict, drawn: bool) -> str:
             parts.append(f"<details><summary>{len(cards) - OPEN_EXAMPLES} more</summary>{more}</details>")
     lead = "Not chosen for looks: held-out prompts as they come, with the gold judge's score of each answer."
     return section("examples", "Answers side by side", lead, *parts)
+
+
+COURSES = {"best_of_n": ("Best of n", "n"), "ppo": ("PPO", "step")}
+FORMS = {"best_of_n": "d (α − β d)", "rl": "d (α − β ln d)"}
+
+
+def overoptimisation(report: dict, drawn: bool) -> str:
+    """Gold and proxy gain against √KL for best-of-n and PPO with the fits of Gao et al. 2023, their figures and residuals."""
+    found = at(report, "overoptimisation", {})
+    if not found:
+        return section("overoptimisation", "Over-optimisation", "Gold against proxy reward over the distance from SFT: nanorlhf lab "
+                       "overoptimisation measures and fits it, for best-of-n and PPO, and puts it here.")
+    parts = ['<div class="charts">', *(_course(found, course, drawn) for course in COURSES), "</div>"]
+    body = [[COURSES[course][0], seed, FORMS[form] + (" *" if form == fits["form"] else ""),
+             *(number(fit[key]) for key in ("alpha", "beta", "rms", "r2")), _peak(fit["peak_kl"], found["means"][course][-1]["kl"])]
+            for course, fits in found["fits"].items() for seed, forms in [("all", fits["all"]), *enumerate(fits["seeds"])]
+            for form, fit in forms.items()]
+    parts.append(html_table("Fits of the gold gain, d = √KL; * the course's own form in Gao et al.",
+                            ["", "seed", "form", "α", "β", "rms of the residuals", "R²", "KL of the peak"], body))
+    inside = "".join(_residuals(found, course) for course in COURSES if at(found, f"fits.{course}.all"))
+    parts.append(f"<details><summary>Every point and its residuals</summary>{inside}</details>")
+    settings = found["settings"]
+    lead = (f"{len(found['seeds'])} seeds, {settings['prompts']} held-out prompts each. Best of n: of {settings['samples']} SFT samples a prompt, "
+            f"KL = ln n − (n − 1)/n. PPO: β = {number(settings['kl_coef'])}, {settings['steps']} steps, KL over the whole vocabulary. Gains are from "
+            "the mean of the SFT model's samples, in deviations of those samples, for gold and proxy alike.")
+    return section("overoptimisation", "Over-optimisation", lead, *parts)
+
+
+def _peak(kl: float | None, last: float) -> str:
+    return "none" if kl is None else number(kl) + (", beyond the points" if kl > last else "")
+
+
+def _course(found: Mapping, course: str, drawn: bool) -> str:
+    """A course's chart, and a sentence on where its gold reward was highest."""
+    rows, (name, unit) = [row for seed in found["seeds"] for row in seed[course]], COURSES[course]
+    xs = [math.sqrt(row["kl"]) for row in rows]
+    lines = [Series(f"{kind}, {word}", xs, [row[f"{kind}_gain"] for row in rows], points=True, colour=colour)
+             for kind, word, colour in (("proxy", "the reward model", 0), ("gold", "the judge", 2))]
+    ends = [max(xs) * k / 40 for k in range(41)]
+    lines += [Series(f"gold, {FORMS[form]}", ends, curve(fit, [d * d for d in ends]), colour=1 if form == "best_of_n" else 3)
+              for form, fit in found["fits"][course]["all"].items()]
+    least = sum(-seed["sft"]["gold"][0] / seed["sft"]["gold"][1] for seed in found["seeds"]) / len(found["seeds"])
+    marks = {"a gold score of 0": least} if min(row["gold_gain"] for row in rows) < least / 2 else {}
+    best, last = (pick(found["means"][course]) for pick in (lambda m: max(m, key=lambda row: row["gold_gain"]), lambda m: m[-1]))
+    said = f"Mean of the seeds: gold is highest at {unit} {best[unit]} (KL {number(best['kl'])}) with {number(best['gold_gain'])}"
+    said += ", the last point." if best is last else (
+        f", and {number(last['gold_gain'])} at the last point (KL {number(last['kl'])}), where the proxy has gone from "
+        f"{number(best['proxy_gain'])} to {number(last['proxy_gain'])}.")
+    return block(Chart(f"overoptimisation-{course}", name, "√KL to the SFT model", "gain in deviations of SFT", lines, marks), said, drawn)
+
+
+def _residuals(found: Mapping, course: str) -> str:
+    """A row for each point of the course, in the order of the fits' residuals."""
+    (name, unit), forms = COURSES[course], found["fits"][course]["all"]
+    rows = [(k, row) for k, seed in enumerate(found["seeds"]) for row in seed[course] if row["kl"] > 0]
+    body = [[k, row[unit], *(number(row[key]) for key in ("kl", "proxy_gain", "gold_gain")),
+             *(number(fit["residuals"][i]) for fit in forms.values())] for i, (k, row) in enumerate(rows)]
+    return html_table(f"{name}: every point", ["seed", unit, "KL", "proxy gain", "gold gain", *(f"residual of {FORMS[f]}" for f in forms)], body)
 
 
 def _rows(table: Mapping, key: str) -> dict[str, tuple[float, float, float]]:

@@ -20,7 +20,7 @@ from .config import RunConfig
 from .data.corpus import Corpus
 from .metrics import MetricsLog
 from .ops import backend
-from .report import write_report
+from .report import experiments, write_report
 from .tokenizer import Tokenizer
 
 
@@ -29,12 +29,10 @@ class Run:
 
     def __init__(self, config: RunConfig, notify: Callable[[dict], None] = lambda row: None):
         self.config, self.folder = config, Path(config.out)
-        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
-        parallel.start(self.device)
+        self.device = device_of(config)
         backend.deterministic(config.deterministic)
         self.metrics = MetricsLog(self.folder)
-        self.notify = notify
+        self.notify = notify if parallel.first() else lambda row: None
         self.seconds_elsewhere = 0.0  # spent outside the stages: reading the corpus
 
     @cached_property
@@ -56,11 +54,12 @@ class Run:
         steps = {name: getattr(c, name).steps for name in ("pretrain", "sft", "dpo", "rloo", "grpo", "reinforce", "ppo")}
         self.notify({"steps": steps.get(row["stage"]), **row})
 
-    def state(self, stage: str) -> StageState:
-        """The stage's saved state. Rows that the log holds beyond it are dropped: the stage will write them again."""
+    def state(self, stage: str, rows: str | None = None) -> StageState:
+        """The stage's saved state. Rows that the log holds beyond it are dropped: the stage will write them again. rows: what they
+        are called, the stage's name unless given; with "" none are dropped."""
         state = StageState(self.folder / stage / "state.safetensors")
         step = state.saved_step()
-        self.metrics.truncate_after("pretrain" if stage == "base" else stage, step)
+        self.metrics.truncate_after(("pretrain" if stage == "base" else stage) if rows is None else rows, step)
         return state
 
     def facts(self, stage: str) -> dict:
@@ -78,6 +77,10 @@ class Run:
         StageState(self.folder / stage / "state.safetensors").clear()
 
 
+def device_of(config: RunConfig) -> torch.device:
+    return torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def open_run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] = lambda row: None) -> Run:
     """A new run in ``config.out``, or with ``resume`` the one that is there, with the configuration it began with.
 
@@ -88,9 +91,10 @@ def open_run(config: RunConfig, resume: bool = False, notify: Callable[[dict], N
         raise ValueError(f"device {config.device} is asked for, but torch finds no CUDA device here")
     if config.deterministic and config.device != "cpu" and (config.device != "auto" or torch.cuda.is_available()):
         raise ValueError(f"deterministic needs the CPU kernels: ask for device cpu instead of {config.device}")
+    parallel.start(device_of(config))
     path = Path(config.out) / "run.json"
-    if path.is_file():
-        held = json.loads(path.read_text())
+    held = parallel.agreed(json.loads(path.read_text()) if path.is_file() else None)
+    if held is not None:
         if held.get("format") != FORMAT:
             raise ValueError(f"{config.out} holds a run of another version (format {held.get('format')}; "
                              f"this one reads {FORMAT})")
@@ -167,10 +171,15 @@ def run(config: RunConfig, resume: bool = False, notify: Callable[[dict], None] 
                 current.notify({"stage": name, "end": True, "peak_mib": current.facts(name)["peak_mib"]})
     except ValueError:
         if not current.done("tokenizer"):  # text or settings that are refused leave no run in the way of the next try
-            (current.folder / "run.json").unlink()
+            (current.folder / "run.json").unlink(missing_ok=True)  # by whichever rank comes first
         raise
     current.notify({"stage": "comparison", "begin": True})
-    report = {**comparison.report(current), "machine": machine(), "config": current.config.to_dict()}
+    report = None
+    if parallel.first():
+        report = {**comparison.report(current), "machine": machine(), "config": current.config.to_dict(),
+                  **experiments(current.folder)}
+    report = parallel.agreed(report)
     write_json(current.folder / "report.json", report)
-    write_report(current.folder)
+    if parallel.first():
+        write_report(current.folder)
     return report

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from . import chat as chat_format
+from . import parallel
 from .assistant import Assistant
 from .checkpoint import StageState, load_model, save_model, write_json
 from .data.corpus import head
@@ -36,7 +37,8 @@ def tokenizer_stage(run) -> None:
     state, config = run.state("tokenizer"), run.config.tokenizer
     tokenizer = Tokenizer.train(run.corpus.tokenizer_texts(), config.vocab_size, config.pattern,
                                 chat_format.SPECIAL_TOKENS)
-    tokenizer.save(run.folder / "tokenizer")
+    if parallel.first():
+        tokenizer.save(run.folder / "tokenizer")
     density = {}
     for name, documents in run.corpus.held_out.items():
         data = [document_bytes(d) for d in documents]
@@ -46,8 +48,9 @@ def tokenizer_stage(run) -> None:
 
 def save_stage(run, stage: str, model: Model) -> None:
     """Model and tokenizer side by side, so that the folder is a checkpoint of its own."""
+    if parallel.first():
+        run.tokenizer.save(run.folder / stage)
     save_model(run.folder / stage, model)
-    run.tokenizer.save(run.folder / stage)
 
 
 def load_stage(run, stage: str, scalar_head: bool = False) -> Model:
@@ -149,7 +152,7 @@ def sampled_rankings(run, model: Model, examples: List[Example], seed: int) -> L
 
 
 def reward_stage(run) -> None:
-    state, config, films = run.state("reward"), run.config, run.corpus.films
+    state, config, films = run.state("reward", rows=""), run.config, run.corpus.films
     policy, seed = load_stage(run, "sft"), config.seed
     simulated = sampled_rankings(run, policy, questions(run, False, config.reward.simulated_prompts, seed), seed)
     tests = {"films": film_pairs(run, films.test, FAVOURABLE),
@@ -169,7 +172,7 @@ def reward_stage(run) -> None:
                  score_means=[offset for _, offset in models],
                  rankings={"films": len(epochs[0]) - len(simulated), "simulated": len(simulated)}, **facts)
     for member in range(len(models)):
-        (run.folder / member_folder(member) / DONE).unlink()
+        (run.folder / member_folder(member) / DONE).unlink(missing_ok=True)  # by whichever rank comes first
 
 
 def member_folder(member: int) -> str:
@@ -192,7 +195,8 @@ def reward_member(run, member: int, epochs: List[List[Ranking]], samples: List[L
     if done.is_file():
         return load_stage(run, folder), json.loads(done.read_text())
     stage = "reward" if not member else f"reward-{member}"
-    state = state or StageState(run.folder / folder / "state.safetensors")
+    state = state or run.state(folder, rows="")
+    run.metrics.truncate_after(stage, state.saved_step())  # this member's rows; those of complete ones stay
     model = load_stage(run, "sft", scalar_head=True)
     if member:
         generator = torch.Generator().manual_seed(seed)

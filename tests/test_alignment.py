@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanorlhf import alignment, stages
+from nanorlhf import alignment, metrics, stages
 from nanorlhf.checkpoint import load_model
 from nanorlhf.config import preset
 from nanorlhf.engine import Completion
@@ -122,3 +122,35 @@ def test_several_reward_models_judge_together(tiny_run, again):
     sequences = [[1, 2, 3], [4, 5]]
     each = [score_all(m, sequences) - mean for m, mean in zip(both.models, means)]
     torch.testing.assert_close(alignment.judge_of(run).score(sequences), torch.minimum(*each))
+
+
+def test_an_ensemble_that_was_ended_between_its_members_keeps_the_rows_of_the_first(tiny_run, again, monkeypatch):
+    run, train = again(reward=replace(tiny_run.config.reward, members=2)), stages.train_reward
+
+    def killed(model, epochs, config, seed, state, evaluate, log, stage):
+        if stage != "reward":
+            log({"stage": stage, "step": 1})  # a row that the next sitting writes again
+            raise KeyboardInterrupt
+        return train(model, epochs, config, seed, state, evaluate, log, stage)
+
+    monkeypatch.setattr(stages, "train_reward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stages.STAGES["reward"](run)
+    first = [row for row in metrics.read(run.folder) if row["stage"] == "reward"]
+    monkeypatch.setattr(stages, "train_reward", train)
+    stages.STAGES["reward"](run)
+    rows = metrics.read(run.folder)
+    assert first and [row for row in rows if row["stage"] == "reward"] == first
+    assert [row["step"] for row in rows if row["stage"] == "reward-1" and "event" not in row] == list(range(1, first[-1]["step"] + 1))
+
+
+def test_the_figures_of_a_run_that_its_budget_stopped_are_those_of_the_policy_that_is_kept(tiny_run, again):
+    run = again("reward", ppo=replace(tiny_run.config.ppo, kl_budget=1e-9))
+    alignment.ppo_stage(run)
+    rows = [row["kl"] for row in metrics.read(run.folder) if row["stage"] == "ppo"]
+    assert rows[-1] > 1e-9 and run.facts("ppo")["kl"] == pytest.approx(sum(rows[-5:]) / len(rows[-5:]))
+
+
+def test_prompts_that_leave_no_room_are_refused_in_one_sentence(opened):
+    with pytest.raises(ValueError, match=r"none of \d+ prompts leaves room for 255 more tokens in a context of 256"):
+        alignment.training_prompts(opened, 20, 255)

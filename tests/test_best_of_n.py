@@ -41,9 +41,18 @@ def test_the_kl_of_the_best_of_n_is_the_integral_of_its_density():
 
 
 def test_of_each_prompts_samples_the_best_that_ended_is_taken(monkeypatch):
-    """Two prompts, three samples; the highest score of the first did not end. Of the second none did: the first."""
+    """Two prompts, three samples; the highest score of the first did not end. Of the second none did: the highest score of all."""
     drawn = [Completion([k], [], k in (0, 1)) for k in range(6)]
     monkeypatch.setattr(room, "generate", lambda *_: drawn)
     best = best_of_n(model(), [[9], [8]], 3, lambda seqs: torch.tensor([float(s[-1]) for s in seqs]), 21, 4, 1.0, 0)
-    assert [c.ids for c in best] == [[1], [3]]
+    assert [c.ids for c in best] == [[1], [5]]
     assert math.isfinite(kl_bound(3))
+
+
+def test_scores_that_cannot_be_compared_are_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(room, "generate", lambda *_: [Completion([1], [], True), Completion([2], [], True)])
+    with pytest.raises(ValueError, match="best_of_n: the reward model's scores must be finite"):
+        best_of_n(model(), [[9]], 2, lambda seqs: torch.tensor([0.0, math.nan]), 21, 4, 1.0, 0)
+    for proxy, value in ((np.zeros((1, 3)), np.zeros((1, 5))), (np.array([[0.0, math.nan]]), np.zeros((1, 2)))):
+        with pytest.raises(ValueError, match="expected finite proxies and values of one shape"):
+            expected_best(proxy, value, 2)

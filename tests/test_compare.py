@@ -92,7 +92,7 @@ def test_an_assistant_is_asked_in_the_chat_format_and_its_answer_is_stripped(mon
 
 
 def test_best_of_n_takes_the_highest_score_among_the_answers_that_ended_themselves(monkeypatch):
-    """Scores by length; of the first prompt the longest did not end, of the second none did: then the first is taken."""
+    """Scores by length; of the first prompt the longest did not end, of the second none did: then the longest is taken."""
     drawn = [said("aa"), said("b"), said("cccc", False), said("d", False), said("ee", False), said("fff", False)]
     asked = scripted(monkeypatch, drawn)
     scored = []
@@ -102,7 +102,7 @@ def test_best_of_n_takes_the_highest_score_among_the_answers_that_ended_themselv
         return torch.tensor([float(len(s)) for s in sequences])
 
     answers = best_answers(assistant(), EXAMPLES[:2], 3, score, 16, 1.0, 0)
-    assert answers.texts == ["aa", "d"] and answers.tokens == [3, 1] and asked[0]["n"] == 3
+    assert answers.texts == ["aa", "fff"] and answers.tokens == [3, 3] and asked[0]["n"] == 3
     prompts = asked[0]["prompts"]
     assert scored == [prompts[i // 3] + c.ids for i, c in enumerate(drawn)]  # with the end-of-turn token
 

@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
 
-from nanorlhf.config import PRESETS, ModelConfig, PPOConfig, PretrainConfig, RewardConfig, RunConfig, gpt2_small, preset
+from nanorlhf.config import PRESETS, ModelConfig, OptimConfig, PPOConfig, PretrainConfig, RewardConfig, RunConfig, gpt2_small, preset
 from nanorlhf.model import Model
 
 
@@ -77,3 +77,23 @@ def test_gpt2_small_has_the_published_number_of_parameters():
     assert expected == 124_439_808
     small = replace(c, vocab_size=10, layers=1, context=8)  # the same blocks without the weight
     assert sum(p.numel() for p in Model(small).parameters()) == 10 * C + 8 * C + per_layer + 2 * C
+
+
+@pytest.mark.parametrize("stage, change, sentence", [
+    ("rloo", dict(temperature=0.0), "rloo.temperature must be above 0, got 0.0"),
+    ("grpo", dict(temperature=float("nan")), "grpo.temperature must be finite, got nan"),
+    ("ppo", dict(top_p=1.5), "ppo.top_p must be at most 1, got 1.5"),
+    ("ppo", dict(importance_cap=-1.0), "ppo.importance_cap must be 0 or more, got -1.0"),
+    ("ppo", dict(micro_episodes=-1), "ppo.micro_episodes must be 0 or more, got -1"),
+    ("ppo", dict(missing_end="drop"), "ppo.missing_end must be one of replace, subtract, keep, got 'drop'"),
+    ("ppo", dict(optim=OptimConfig(lr=-1.0)), "ppo.optim.lr must be 0 or more, got -1.0"),
+    ("ppo", dict(steps=0), "ppo.steps must be above 0, got 0"),
+    ("reinforce", dict(kl_horizon=2), r"reinforce.kl_horizon \(2\) is too short for 16 responses in a step: beta could fall to 0"),
+    ("dpo", dict(beta=0.0), "dpo.beta must be above 0, got 0.0"),
+    ("dpo", dict(loss="ipo", label_smoothing=0.1), "dpo.label_smoothing is of the sigmoid loss; IPO has none"),
+    ("reward", dict(unfavourable=2.0), "reward.unfavourable must be at most 1, got 2.0"),
+])  # fmt: skip
+def test_a_setting_out_of_range_is_refused_before_the_run_begins(stage, change, sentence):
+    config = preset("tiny")
+    with pytest.raises(ValueError, match=sentence):
+        replace(config, **{stage: replace(getattr(config, stage), **change)})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanorlhf.config import DPOConfig
-from nanorlhf.train.dpo import Pair, dpo, response_sums
+from nanorlhf.train.dpo import Pair, backward, dpo, response_sums
 from tiny import OPTIM, Killed, killed_at, model, random_sequences, same_weights, saving
 
 CONFIG = DPOConfig(steps=6, pairs_per_step=4, beta=0.3, optim=replace(OPTIM, lr=0.003, muon_lr=0.003))
@@ -86,3 +86,9 @@ def test_pairs_that_do_not_fit_are_refused_in_one_sentence(tmp_path, pairs, sent
 def test_another_vocabulary_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="dpo: policy and reference have vocabularies of different sizes, 23 and 24"):
         train(tmp_path, ref=model(0, vocab_size=24))
+
+
+def test_a_margin_of_nothing_counts_one_half():
+    """At the start the policy is its reference: no pair is told apart."""
+    pairs = [Pair([1, 2, 3], [1, 4, 5], 1)]
+    assert backward(model(), model(), pairs, DPOConfig())["pair_accuracy"] == 0.5

@@ -155,3 +155,8 @@ def test_davidsons_strengths_make_the_likelihood_stationary():
         assert slope == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="davidson: expected at least one tie"):
         davidson(wins, np.zeros((3, 3)))
+
+
+def test_ties_alone_have_no_finite_weight():
+    with pytest.raises(ValueError, match="davidson: expected at least one tie and one win"):
+        davidson(np.zeros((2, 2)), np.array([[0.0, 5.0], [5.0, 0.0]]))

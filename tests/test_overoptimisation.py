@@ -41,3 +41,9 @@ def test_bad_input_is_one_sentence():
         fit([0.0, 1.0, 2.0], [0.0, 1.0, 1.0], "rl")
     with pytest.raises(ValueError, match="expected a form of best_of_n, rl, got 'ppo'"):
         fit([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], "ppo")
+
+
+@pytest.mark.parametrize("kl, gain", [([1.0, 2.0, 3.0], [1.0, 2.0, math.nan]), ([1.0, 2.0, math.nan, 3.0], [1.0] * 4), ([1.0, 2.0, 3.0], [1.0])])
+def test_points_that_are_no_points_are_refused(kl, gain):
+    with pytest.raises(ValueError, match="expected a finite gain for each finite KL"):
+        fit(kl, gain, "rl")

@@ -7,7 +7,8 @@ import torch
 from torch.autograd import gradcheck
 
 from nanorlhf.train.loss import (AdaptiveKL, dpo_loss, full_kl, grpo_advantages, ipo_loss, kl_loss, pairwise_loss, policy_terms,
-                                 rloo_advantages)
+                                 rloo_advantages, sum_by_sequence)
+from nanorlhf.train.objective import importance_weights, sampler_kl
 
 LOGITS = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64)
 REF = torch.tensor([-0.5, 0.2, 0.4, 0.9], dtype=torch.float64).log_softmax(-1)
@@ -85,6 +86,28 @@ def test_a_groups_advantages_do_not_depend_on_other_groups():
             f(rewards, 4)
 
 
+def test_equal_rewards_are_no_advantage_whatever_their_size():
+    """1000.1 in float32 is not the float32 mean of three of itself, and what is left is divided by nearly itself."""
+    for value, samples in ((1000.1, 3), (12345.678, 7), (0.1, 3)):
+        rewards = torch.full((samples,), value)
+        assert grpo_advantages(rewards, samples).tolist() == rloo_advantages(rewards, samples).tolist() == [0.0] * samples
+
+
+@pytest.mark.parametrize("call, sentence", [
+    (lambda: grpo_advantages(torch.tensor([1.0, math.nan]), 2), "grpo: expected finite rewards, got nan"),
+    (lambda: rloo_advantages(torch.tensor([1.0, math.inf]), 2), "rloo: expected finite rewards, got inf"),
+    (lambda: kl_loss(torch.zeros(3), torch.zeros(3, 1), "k2"), r"kl_loss: expected tensors of one shape, got \(3,\), \(3, 1\)"),
+    (lambda: policy_terms(torch.zeros(3), torch.zeros(3), torch.zeros(3, 1), 0.2), "policy_terms: expected tensors of one shape"),
+    (lambda: pairwise_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2, 1)), "pairwise_loss: expected tensors of one shape"),
+    (lambda: sum_by_sequence(torch.ones(3), torch.tensor([0, 2])), "sum_by_sequence: expected x of shape"),
+    (lambda: importance_weights(torch.zeros(2), torch.zeros(2, 1), 1.0), "importance_weights: expected tensors of one shape"),
+    (lambda: sampler_kl(torch.zeros(2), torch.zeros(2, 1)), "sampler_kl: expected tensors of one shape"),
+])  # fmt: skip
+def test_what_would_be_spread_over_a_square_or_poison_a_group_is_refused(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
 def test_policy_terms_for_every_side_of_the_ratio():
     """ε = 0.2, ratios ½ and 2, advantages ±1: max(−A r, −A clip r)."""
     logprobs = torch.tensor([0.5, 2.0, 0.5, 2.0]).log()
@@ -102,7 +125,7 @@ def test_pairs_by_hand_and_their_gradient():
     loss.sum().backward()
     assert better.grad.tolist() == pytest.approx([-1 / (1 + math.exp(0.5)), -0.5])
     assert pairwise_loss(torch.tensor([-1e4]), torch.tensor([1e4])).tolist() == [2e4]
-    with pytest.raises(ValueError, match="expected as many better scores as worse ones, got 2 and 1"):
+    with pytest.raises(ValueError, match=r"pairwise_loss: expected tensors of one shape, got \(2,\), \(1,\)"):
         pairwise_loss(better, worse[:1])
 
 

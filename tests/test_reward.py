@@ -173,3 +173,9 @@ def test_accuracy_by_confidence_by_hand():
     assert [(r["from"], r["to"], r["n"], r["accuracy"]) for r in rows] == [(1, 2, 2, 0.5), (3, 4, 2, 0.5), (5, 6, 2, 1.0)]
     with pytest.raises(ValueError, match="expected a confidence for each of 2 pairs, got 1"):
         quality.accuracy_by([1.0], [1.0, 2.0])
+
+
+def test_gaps_that_are_not_finite_are_refused():
+    for measure in (quality.accuracy, quality.calibration):
+        with pytest.raises(ValueError, match="expected finite gaps"):
+            measure([float("nan"), 1.0])

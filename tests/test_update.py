@@ -1,6 +1,7 @@
 """train/update.py: the loop that PPO, RLOO, GRPO and REINFORCE share. Where it starts, that the parts of a minibatch add up to it,
 and what stops it."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ CONFIGS = {
     "ppo, KL in the loss": PPOConfig(prompts=12, value_optim=OPTIM, kl_in="loss", whiten_advantages="minibatch", **ALIKE),
     "ppo, shared": PPOConfig(prompts=12, value="shared", value_optim=OPTIM, **ALIKE),
     "rloo": GroupConfig(prompts=4, samples=3, **ALIKE),
+    "rloo, one prompt": GroupConfig(prompts=1, samples=3, **ALIKE),  # of two ranks, one has nothing to roll out
     "grpo": GroupConfig(prompts=4, samples=3, advantage="grpo", **ALIKE),
     "dr grpo": GroupConfig(prompts=4, samples=3, advantage="grpo", std_norm=False, length_norm=False, **ALIKE),
     "reinforce": GroupConfig(prompts=4, samples=3, advantage="reinforce", baseline=True, **ALIKE),
@@ -124,7 +126,7 @@ def test_the_kl_budget_stops_the_run_for_good(tmp_path, name):
     policy = train(config, tmp_path, rows.append)
     assert [row.get("event", row["step"]) for row in rows][-1] == "stop" and rows[-1]["kl"] > 1e-6
     again, more = train(config, tmp_path, (late := []).append, start=9), late
-    assert more == [] and same_weights(policy, again)
+    assert more == rows[-1:] and same_weights(policy, again)  # the log of a sitting that was ended here lost its last event
     assert len(rows) < 6 and saving(tmp_path).saved_step() == rows[-1]["step"]
 
 
@@ -159,3 +161,21 @@ def test_models_of_different_vocabularies_are_refused_in_one_sentence(tmp_path):
         rloo_room.rloo(policy, other, JUDGE, PROMPTS, CONFIGS["rloo"], 0, state, log)
     with pytest.raises(ValueError, match="ppo: with a shared value function the value model is the policy"):
         ppo_room.ppo(policy, ref, value, JUDGE, PROMPTS, CONFIGS["ppo, shared"], 0, state, log)
+
+
+@pytest.mark.parametrize("name", ["ppo, KL in the loss", "grpo"])
+def test_a_filtered_samplers_kl_in_the_loss_is_weighted_like_its_rewards(tmp_path, name):
+    """A cap of almost 0 makes all weights so, and leaves nothing of the KL's gradient either, whatever β is."""
+    norms = []
+    for cap in (0.0, 1e-6):
+        rows = []
+        train(replace(CONFIGS[name], importance_cap=cap, kl_coef=100.0, kl_target=0.0, steps=2), tmp_path / str(cap), rows.append)
+        norms.append(rows[-1]["grad_norm"])
+    assert norms[1] < 1e-3 * norms[0]
+
+
+def test_nothing_is_explained_of_returns_that_do_not_vary(tmp_path):
+    rows = []
+    config = replace(CONFIGS["ppo"], max_new_tokens=1, missing_end="replace", kl_coef=0.0, kl_target=0.0, steps=1)
+    train(config, tmp_path, rows.append, judge=Judge(lambda s: torch.full((len(s),), -1.0), END))
+    assert math.isnan(rows[0]["explained_variance"])

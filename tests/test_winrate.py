@@ -97,3 +97,16 @@ def test_the_regression_without_a_difference_of_length_is_the_win_rate():
     assert found["mean"] == pytest.approx(0.7, abs=1e-5) and found["slope"] == 0
     with pytest.raises(ValueError, match="expected a length for each of 10 answers, got 2"):
         length_controlled(won, 1 - won, [1, 2], [1, 2])
+
+
+@pytest.mark.parametrize("won", [0.0, 0.5, 1.0])
+def test_outcomes_that_are_all_alike_have_the_win_rates_own_interval_at_equal_length(won):
+    """A logistic regression has no maximum there: its interval would have no width after two prompts."""
+    scores, rivals, lengths = [won] * 8, [1 - won] * 8, range(8)
+    plain, found = win_rate(scores, rivals), length_controlled(scores, rivals, lengths, [0] * 8)
+    assert (found["mean"], found["ci95"], found["slope"]) == (won, plain["ci95"], 0.0)
+
+
+def test_a_clean_sweep_is_inside_its_own_interval():
+    for n in range(1, 700):
+        assert wilson_interval(0.0, n)[0] == 0.0 and wilson_interval(1.0, n)[1] == 1.0

@@ -5,6 +5,7 @@ from .filters import LogitFilter
 from .generate import generate
 from .request import Completion, Constraint, Handle, Request
 from .sample import Sampler, SamplingConfig, entropy, top_logprobs
+from .speculate import Speculation, speculate
 
-__all__ = ["Completion", "Constraint", "Engine", "Handle", "LogitFilter", "Request", "Sampler", "SamplingConfig", "entropy", "generate",
-           "top_logprobs"]
+__all__ = ["Completion", "Constraint", "Engine", "Handle", "LogitFilter", "Request", "Sampler", "SamplingConfig", "Speculation",
+           "entropy", "generate", "speculate", "top_logprobs"]

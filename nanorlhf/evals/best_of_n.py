@@ -32,6 +32,8 @@ def expected_best(proxy: np.ndarray, value: np.ndarray, n: int) -> np.ndarray:
     [4.6667]
     """
     P, N = proxy.shape
+    if value.shape != proxy.shape or not np.isfinite(proxy).all():
+        raise ValueError(f"expected_best: expected finite proxies and values of one shape, got {proxy.shape} and {value.shape}")
     if not 1 <= n <= N:
         raise ValueError(f"expected_best: expected n from 1 to the {N} samples there are, got {n}")
     rank = np.arange(1, N + 1)
@@ -49,8 +51,12 @@ def expected_best(proxy: np.ndarray, value: np.ndarray, n: int) -> np.ndarray:
 @torch.no_grad()
 def best_of_n(model: Model, prompts: Sequence[List[int]], n: int, score: Callable[[List[List[int]]], torch.Tensor], end: int,
               max_new_tokens: int, temperature: float, seed: int) -> List[Completion]:
-    """Of n samples of each prompt the one that the reward model scores highest; one that did not end itself is taken last."""
+    """Of n samples of each prompt the one that the reward model scores highest, among those that ended themselves if any did.
+
+    Errors: ValueError for a score that is not finite."""
     drawn = generate(model, prompts, max_new_tokens, n, [end], SamplingConfig(temperature), seed)
     scores = score([prompts[i // n] + c.ids for i, c in enumerate(drawn)])
-    scores = scores.where(torch.tensor([c.finished for c in drawn]), torch.tensor(-torch.inf)).view(-1, n)
-    return [drawn[i * n + int(k)] for i, k in enumerate(scores.argmax(1))]
+    if not bool(scores.isfinite().all()):
+        raise ValueError("best_of_n: the reward model's scores must be finite")
+    place = lambda j: (drawn[j].finished, float(scores[j]))
+    return [drawn[max(range(i * n, i * n + n), key=place)] for i in range(len(prompts))]

@@ -75,8 +75,8 @@ def davidson(wins: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, float]:
     ([0.0, 0.0], 0.6667)
     """
     wins, ties = np.asarray(wins, dtype=np.float64), np.asarray(ties, dtype=np.float64)
-    if not np.triu(ties).sum():
-        raise ValueError("davidson: expected at least one tie; without any it is bradley_terry")
+    if not np.triu(ties).sum() or not wins.sum():
+        raise ValueError("davidson: expected at least one tie and one win; without any tie it is bradley_terry")
     _check_finite_maximum(wins + ties)
     n_model = len(wins)
     points = wins + ties / 2  # of i against j

@@ -14,7 +14,7 @@ def fit(kl: Sequence[float], gain: Sequence[float], form: str) -> dict:
     """Least squares of the form to points (KL in nats, gain of the gold reward): {"alpha", "beta", "rms", "residuals", "r2", "peak_kl"}.
 
     Both forms are linear in α and β. peak_kl: where the curve turns down, None where it does not. Points at KL 0 say nothing, since
-    every curve starts there. Raises ValueError for fewer than three points above 0.
+    every curve starts there. Raises ValueError for fewer than three points above 0, and for numbers that are not finite.
 
     >>> found = fit([1.0, 4.0, 9.0], [0.9, 1.6, 2.1], "best_of_n")  # d (1 - 0.1 d)
     >>> round(found["alpha"], 6), round(found["beta"], 6), round(found["peak_kl"], 3)
@@ -23,6 +23,8 @@ def fit(kl: Sequence[float], gain: Sequence[float], form: str) -> dict:
     if form not in FORMS:
         raise ValueError(f"fit: expected a form of {', '.join(FORMS)}, got {form!r}")
     kl, gain = np.asarray(kl, dtype=np.float64), np.asarray(gain, dtype=np.float64)
+    if kl.shape != gain.shape or not np.isfinite([kl, gain]).all():
+        raise ValueError(f"fit: expected a finite gain for each finite KL, got {len(kl)} KL and {len(gain)} gains")
     used = kl > 0
     if used.sum() < 3:
         raise ValueError(f"fit: expected at least 3 points away from the start, got {int(used.sum())}")

@@ -27,9 +27,7 @@ def accuracy(gap: Sequence[float]) -> float:
     >>> accuracy([1.0, -1.0, 0.0, 2.0])
     0.625
     """
-    gap = np.asarray(gap, dtype=np.float64)
-    if not len(gap):
-        raise ValueError("accuracy: expected at least one pair, got none")
+    gap = _gaps("accuracy", gap)
     return float((gap > 0).mean() + 0.5 * (gap == 0).mean())
 
 
@@ -64,9 +62,7 @@ def calibration(gap: Sequence[float], bins: int = 5) -> dict:
     >>> calibration([2.0, 2.0, 2.0, -2.0])["bins"]
     [{'predicted': 0.8807970779778823, 'observed': 0.75, 'n': 4}]
     """
-    gap = np.asarray(gap, dtype=np.float64)
-    if not len(gap):
-        raise ValueError("calibration: expected at least one pair, got none")
+    gap = _gaps("calibration", gap)
     predicted, right = 1 / (1 + np.exp(-np.abs(gap))), (gap > 0) + 0.5 * (gap == 0)
     which = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
     rows = [{"predicted": float(predicted[which == b].mean()), "observed": float(right[which == b].mean()), "n": int((which == b).sum())}
@@ -91,6 +87,13 @@ def length_check(scores: Sequence[float], lengths: Sequence[float], better: np.n
     return {"longer_wins": accuracy(longer), "model_prefers_longer": accuracy(gap * np.sign(longer)),
             "correlation": float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread else 0.0,
             "accuracy_same_length": accuracy(gap[near]) if near.any() else None}
+
+
+def _gaps(name: str, gap: Sequence[float]) -> np.ndarray:
+    gap = np.asarray(gap, dtype=np.float64)
+    if not len(gap) or not np.isfinite(gap).all():
+        raise ValueError(f"{name}: expected at least one pair, got none" if not len(gap) else f"{name}: expected finite gaps, got {gap}")
+    return gap
 
 
 def _mean_ranks(x: np.ndarray) -> np.ndarray:

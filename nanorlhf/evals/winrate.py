@@ -63,7 +63,8 @@ def length_controlled(scores: Sequence[float], rivals: Sequence[float], lengths:
 
     A logistic regression of the win (½ for a tie) on an intercept and tanh of the standardised difference of lengths; the mean is
     its prediction at no difference. slope: log-odds for one standard deviation of extra length, near 0. The interval is that of the
-    intercept (sandwich). Raises ValueError as win_rate does. Source: Dubois et al. 2024, "Length-controlled AlpacaEval", eq. 2,
+    intercept (sandwich), and win_rate's own where all outcomes are alike: length explains nothing then, and the likelihood
+    has no maximum. Raises ValueError as win_rate does. Source: Dubois et al. 2024, "Length-controlled AlpacaEval", eq. 2,
     without its terms for prompts.
 
     >>> even = length_controlled([1, 0, 1, 0], [0, 1, 0, 1], [5, 5, 9, 9], [5, 5, 9, 9])
@@ -75,6 +76,8 @@ def length_controlled(scores: Sequence[float], rivals: Sequence[float], lengths:
     if len(gap) != len(ours):
         raise ValueError(f"length_controlled: expected a length for each of {len(ours)} answers, got {len(gap)}")
     won = (ours > theirs) + 0.5 * (ours == theirs)
+    if (won == won[0]).all():
+        return {"mean": float(won[0]), "ci95": wilson_interval(float(won[0]), len(won)), "slope": 0.0}
     deviation = gap.std()
     x = np.stack([np.ones(len(gap)), np.tanh(gap / deviation) if deviation else np.zeros(len(gap))], 1)
     ridge = np.diag([1e-6, 1e-3])  # so that a side that always wins has a finite place
@@ -102,7 +105,7 @@ def wilson_interval(rate: float, n: int) -> list[float]:
     shrink = 1 + Z95**2 / n
     centre = (rate + Z95**2 / (2 * n)) / shrink
     half = Z95 / shrink * math.sqrt(rate * (1 - rate) / n + Z95**2 / (4 * n**2))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    return [min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))]  # rounding aside, the rate is always inside
 
 
 def _paired(name: str, scores: Sequence[float], rivals: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

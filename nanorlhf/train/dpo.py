@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..checkpoint import StageState
 from ..config import DPOConfig
 from ..engine.generate import ragged
@@ -48,6 +49,22 @@ def check_pairs(pairs: Sequence[Pair], context: int) -> None:
                              f"must go beyond the prompt and fit a context of {context}")
 
 
+def backward(policy: Model, ref: Model, batch: Sequence[Pair], config: DPOConfig) -> dict:
+    """The gradients of the mean loss over the batch, of which every rank forms its pairs' part. Returns what was measured."""
+    mine, measured = batch[parallel.share(len(batch))], []
+    if mine:
+        with torch.no_grad():
+            ref_chosen, ref_rejected = response_sums(ref, mine)
+        chosen, rejected = response_sums(policy, mine)
+        margin = (chosen - ref_chosen) - (rejected - ref_rejected)  # over β, the difference of the implicit rewards
+        loss = (dpo_loss(margin, config.beta, config.label_smoothing) if config.loss == "sigmoid" else ipo_loss(margin, config.beta)).mean()
+        (loss * (len(mine) / len(batch))).backward()
+        facts = {"loss": loss, "margin": margin.mean(), "pair_accuracy": (margin > 0).float().mean() + 0.5 * (margin == 0).float().mean(),
+                 "chosen": (chosen - ref_chosen).mean(), "rejected": (rejected - ref_rejected).mean()}
+        measured.append((len(mine), {name: float(x.detach()) for name, x in facts.items()}))
+    return parallel.weighted_means(measured)
+
+
 def dpo(policy: Model, ref: Model, pairs: Sequence[Pair], config: DPOConfig, seed: int, state: StageState,
         log: Callable[[dict], None]) -> Model:
     """Fit ``policy`` to the pairs for ``config.steps`` steps of shuffled passes.
@@ -66,15 +83,9 @@ def dpo(policy: Model, ref: Model, pairs: Sequence[Pair], config: DPOConfig, see
         turn, at = divmod(step, per_pass)
         order = np.random.default_rng([seed, turn, 6]).permutation(len(pairs))
         batch = [pairs[i] for i in order[at * count:(at + 1) * count]]
-        with torch.no_grad():
-            ref_chosen, ref_rejected = response_sums(ref, batch)
-        chosen, rejected = response_sums(policy, batch)
-        margin = (chosen - ref_chosen) - (rejected - ref_rejected)  # over β, the difference of the implicit rewards
-        loss = (dpo_loss(margin, config.beta, config.label_smoothing) if config.loss == "sigmoid" else ipo_loss(margin, config.beta)).mean()
-        loss.backward()
+        measured = backward(policy, ref, batch, config)
+        parallel.sum_gradients(optimizer.params)
         lr, norm = optimizer.step(step)
-        log({"stage": "dpo", "step": step + 1, "loss": float(loss.detach()), "pair_accuracy": float((margin > 0).float().mean()),
-             "margin": float(margin.detach().mean()), "chosen": float((chosen - ref_chosen).detach().mean()),
-             "rejected": float((rejected - ref_rejected).detach().mean()), "lr": lr, "grad_norm": norm})
+        log({"stage": "dpo", "step": step + 1, **measured, "lr": lr, "grad_norm": norm})
         state.tick(step + 1)
     return policy

@@ -47,8 +47,7 @@ def pairwise_loss(better: Tensor, worse: Tensor, margins: Tensor | float = 0.0) 
     >>> [round(x, 4) for x in pairwise_loss(torch.tensor([2.0, 2.0]), torch.zeros(2), torch.tensor([0.0, 2.0])).tolist()]
     [0.1269, 0.6931]
     """
-    if better.shape != worse.shape:
-        raise ValueError(f"pairwise_loss: expected as many better scores as worse ones, got {len(better)} and {len(worse)}")
+    check_alike("pairwise_loss", better, worse, *([margins] if isinstance(margins, Tensor) and margins.dim() else []))
     return -torch.nn.functional.logsigmoid(better - worse - margins)
 
 
@@ -63,13 +62,22 @@ def whiten(x: Tensor, shift_mean: bool = True) -> Tensor:
     return out if shift_mean else out + x.mean()
 
 
+def check_alike(name: str, *tensors: Tensor) -> None:
+    """ValueError unless all have the same shape: (M,) beside (M, 1) would be spread over a square, and averaged."""
+    if any(x.shape != tensors[0].shape for x in tensors):
+        raise ValueError(f"{name}: expected tensors of one shape, got {', '.join(str(tuple(x.shape)) for x in tensors)}")
+
+
 def sum_by_sequence(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """x (M,) → (B,): the sum over each sequence.
+    """x (M,) → (B,): the sum over each sequence. Errors: ValueError where cu_seqlens are not bounds of x.
 
     >>> sum_by_sequence(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 3])).tolist()
     [3.0, 4.0]
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    if x.dim() != 1 or bool((lengths < 0).any()) or int(lengths.sum()) != len(x):
+        raise ValueError(f"sum_by_sequence: expected x of shape (M,) and cu_seqlens that rise from 0 to M, got {tuple(x.shape)} and "
+                         f"sequences of {int(lengths.sum())} in all")
     which = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
     return torch.zeros(len(lengths), dtype=x.dtype, device=x.device).index_add_(0, which, x)
 
@@ -126,6 +134,7 @@ def kl_loss(logprobs: Tensor, ref: Tensor, kind: str) -> Tensor:
     >>> [round(float(kl_loss(torch.tensor([-1.0]), torch.tensor([-1.5]), k)), 4) for k in ("k1", "k2", "k3")]
     [0.5, 0.125, 0.1065]
     """
+    check_alike("kl_loss", logprobs, ref)
     gap = logprobs - ref
     if kind == "k1":
         return gap
@@ -137,12 +146,15 @@ def kl_loss(logprobs: Tensor, ref: Tensor, kind: str) -> Tensor:
 
 
 def _groups(name: str, rewards: Tensor, samples: int) -> Tensor:
-    """(G, samples) of (G·samples,); ValueError for a group that cannot be compared with itself."""
+    """(G, samples) float64 of (G·samples,): in float32 the mean of equal rewards may be another number, and the rest, divided by
+    itself, an advantage. ValueError for a group that cannot be compared with itself, or rewards that are not finite."""
     if samples < 2:
         raise ValueError(f"{name}: a group needs at least 2 samples to compare, got {samples}")
     if len(rewards) % samples:
         raise ValueError(f"{name}: {len(rewards)} rewards are no whole number of groups of {samples}")
-    return rewards.view(-1, samples)
+    if not bool(rewards.isfinite().all()):
+        raise ValueError(f"{name}: expected finite rewards, got {rewards[~rewards.isfinite()][0]:.0f}")
+    return rewards.double().view(-1, samples)
 
 
 def rloo_advantages(rewards: Tensor, samples: int) -> Tensor:
@@ -154,7 +166,7 @@ def rloo_advantages(rewards: Tensor, samples: int) -> Tensor:
     [-3.0, -1.5, 4.5]
     """
     r = _groups("rloo", rewards, samples)
-    return (r - (r.sum(1, keepdim=True) - r) / (samples - 1)).flatten()
+    return (r - (r.sum(1, keepdim=True) - r) / (samples - 1)).flatten().to(rewards.dtype)
 
 
 def grpo_advantages(rewards: Tensor, samples: int, std_norm: bool = True) -> Tensor:
@@ -168,7 +180,7 @@ def grpo_advantages(rewards: Tensor, samples: int, std_norm: bool = True) -> Ten
     """
     r = _groups("grpo", rewards, samples)
     centred = r - r.mean(1, keepdim=True)
-    return (centred / (r.std(1, keepdim=True) + 1e-4) if std_norm else centred).flatten()
+    return (centred / (r.std(1, keepdim=True) + 1e-4) if std_norm else centred).flatten().to(rewards.dtype)
 
 
 def policy_terms(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, dict]:
@@ -180,6 +192,7 @@ def policy_terms(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float)
     >>> [round(x, 2) for x in terms.tolist()], facts["clip_fraction"], facts["approx_kl"]
     ([-2.0, -1.2], 0.5, 0.25)
     """
+    check_alike("policy_terms", logprobs, old, advantages)
     log_ratio = logprobs - old
     ratio = torch.exp(log_ratio)
     free, bound = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)

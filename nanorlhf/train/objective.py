@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .loss import sum_by_sequence
+from .loss import check_alike, sum_by_sequence
 
 MEANS = ("token", "sequence", "sum")
 
@@ -67,6 +67,7 @@ def importance_weights(logprobs: Tensor, sampled: Tensor, cap: float) -> Tensor:
     """
     if not cap > 0:
         raise ValueError(f"importance_weights: expected a cap above 0, got {cap}")
+    check_alike("importance_weights", logprobs, sampled)
     return (logprobs - sampled).detach().exp().clamp(max=cap)
 
 
@@ -79,6 +80,7 @@ def sampler_kl(logprobs: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
     >>> [x.tolist() for x in sampler_kl(torch.tensor([-2.0]), torch.tensor([-2.0]))]
     [[0.0], [0.0]]
     """
+    check_alike("sampler_kl", logprobs, sampled)
     gap = (sampled - logprobs).detach()
     return gap, (-gap).expm1() + gap
 

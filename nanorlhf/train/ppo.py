@@ -3,6 +3,7 @@
 Sources: Ziegler et al. 2019 §2.2; Ouyang et al. 2022 §3.5 (RL); Schulman et al. 2017.
 """
 
+import math
 from typing import Callable, List, Sequence
 
 import numpy as np
@@ -47,7 +48,8 @@ def update(policy: Model, critic: Critic, optimizers: Sequence[Optimizer], rollo
     """The PPO epochs on one rollout. Returns the means of what they measured."""
     rewards = token_rewards(rollout, beta, config)
     advantages, returns = gae(rewards, rollout.values, rollout.cu_actions, config.gamma, config.lam)
-    unexplained = (returns - rollout.values).var() / returns.var().clamp_min(1e-12)
+    spread = returns.var(unbiased=False)
+    unexplained = (returns - rollout.values).var(unbiased=False) / spread if spread > 1e-12 else math.nan  # nothing to explain
     weights = importance(rollout, config.importance_cap)
     if config.whiten_advantages == "batch":
         advantages = whiten(advantages)
@@ -63,7 +65,7 @@ def update(policy: Model, critic: Critic, optimizers: Sequence[Optimizer], rollo
         v = ppo_value_loss(critic(tokens, cu_seqlens, where), rollout.values[index], returns[index], config.value_clip)
         total = p.loss + v.loss * (config.value_coef if config.value == "shared" else 1.0)
         if config.kl_in == "loss":
-            total = total + beta * kl_loss(logprobs, rollout.ref_logprobs[index], config.kl_loss).mean()
+            total = total + beta * (kl_loss(logprobs, rollout.ref_logprobs[index], config.kl_loss) * weights[index]).mean()
         return total * share_of(rollout, part, whole), {
             "policy_loss": float(p.loss.detach()), "value_loss": float(v.loss.detach()), "clip_fraction": float(p.clip_fraction),
             "approx_kl": float(p.kl2), "ratio_max": float(p.ratio_max)}

@@ -8,6 +8,7 @@ from typing import Callable, Iterator
 
 from torch import Tensor
 
+from .. import parallel
 from ..checkpoint import StageState
 from ..config import PretrainConfig
 from ..data.mixture import Mixture
@@ -15,10 +16,11 @@ from ..model import Model
 from ..optim import Optimizer
 
 
-def row_slices(tokens: Tensor, cu_seqlens: Tensor, row_tokens: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a batch of whole rows into micro-batches of at most ``rows`` rows, each with its own cu_seqlens."""
-    for start in range(0, len(tokens), rows * row_tokens):
-        end = min(start + rows * row_tokens, len(tokens))
+def row_slices(tokens: Tensor, cu_seqlens: Tensor, row_tokens: int, rows: int, of: slice | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a batch of whole rows, or those rows ``of`` it, into micro-batches of at most ``rows`` rows, each with its own cu_seqlens."""
+    of = of or slice(0, -(-len(tokens) // row_tokens))
+    for start in range(of.start * row_tokens, of.stop * row_tokens, rows * row_tokens):
+        end = min(start + rows * row_tokens, of.stop * row_tokens, len(tokens))
         inside = cu_seqlens[(cu_seqlens >= start) & (cu_seqlens <= end)]
         yield tokens[start:end], inside - start
 
@@ -26,16 +28,18 @@ def row_slices(tokens: Tensor, cu_seqlens: Tensor, row_tokens: int, rows: int) -
 def train_step(model: Model, optimizer: Optimizer, tokens: Tensor, cu_seqlens: Tensor, config: PretrainConfig,
                step: int) -> dict:
     """One update on a batch of rows. The loss is the mean over all predicted tokens of the step, however the step is
-    cut into micro-batches: each adds its sum divided by the global count."""
+    cut into micro-batches and shared by ranks: each adds its sum divided by the global count."""
     count = len(tokens) - (len(cu_seqlens) - 1)  # every token but the first of each sequence is predicted
     total = 0.0
-    for part, part_cu in row_slices(tokens, cu_seqlens, config.row_tokens, config.micro_rows):
+    mine = parallel.share(len(tokens) // config.row_tokens)
+    for part, part_cu in row_slices(tokens, cu_seqlens, config.row_tokens, config.micro_rows, mine):
         logprobs, _ = model.logprobs(part.to(model.device), part_cu.to(model.device))
         loss = -logprobs.sum() / count
         loss.backward()
         total += float(loss.detach())
+    parallel.sum_gradients(model.parameters())
     lr, norm = optimizer.step(step)
-    return {"loss": total, "lr": lr, "grad_norm": norm}
+    return {"loss": sum(parallel.gather(total)), "lr": lr, "grad_norm": norm}
 
 
 def pretrain(model: Model, mixture: Mixture, config: PretrainConfig, state: StageState,

@@ -4,12 +4,14 @@ Source: Ouyang et al. 2022 §3.5 (RM) eq. 1: K completions in one forward, all C
 """
 
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Callable, List, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..checkpoint import StageState
 from ..config import RewardConfig
 from ..engine.generate import ragged
@@ -75,6 +77,23 @@ def ranked_pairs(ranks: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return better, worse, group[better]
 
 
+def backward(model: Model, rankings: Sequence[Ranking], config: RewardConfig) -> dict:
+    """The gradients of the loss of all rankings, of which every rank forms its part. Returns loss and pair accuracy of all."""
+    pairs = [sum(a != b for a, b in combinations(r.ranks, 2)) for r in rankings]
+    parts = [float(p > 0) for p in pairs] if config.loss == "kwise" else pairs  # what the loss is a mean over
+    share, loss, right = parallel.share(len(rankings)), 0.0, 0.0
+    if any(pairs[share]) or not any(pairs):
+        mine = rankings[share]
+        scores = score_sequences(model, [s for r in mine for s in r.sequences])
+        ranks = torch.tensor([rank for r in mine for rank in r.ranks], device=scores.device)
+        value, accuracy = ranking_loss(scores, ranks, group_bounds(mine), config)
+        value = value * (sum(parts[share]) / sum(parts))
+        value.backward()
+        loss, right = float(value.detach()), float(accuracy) * sum(pairs[share]) / sum(pairs)
+    every = parallel.gather((loss, right))
+    return {"loss": sum(x for x, _ in every), "pair_accuracy": sum(x for _, x in every)}
+
+
 def train_reward(model: Model, epochs: Sequence[Sequence[Ranking]], config: RewardConfig, seed: int, state: StageState,
                  evaluate: Callable[[Model], dict], log: Callable[[dict], None], stage: str = "reward") -> Model:
     """Fit ``model`` to the rankings, ``epochs[e]`` being those of pass e; each pass is shuffled. ``stage``: of its rows of metrics.
@@ -94,14 +113,10 @@ def train_reward(model: Model, epochs: Sequence[Sequence[Ranking]], config: Rewa
     for step in range(first, len(plan)):
         if step in eval_steps:
             log({"stage": stage, "event": "eval", "step": step, "pair_accuracy": evaluate(model)})
-        rankings = plan[step]
-        scores = score_sequences(model, [s for r in rankings for s in r.sequences])
-        ranks = torch.tensor([rank for r in rankings for rank in r.ranks], device=scores.device)
-        loss, right = ranking_loss(scores, ranks, group_bounds(rankings), config)
-        loss.backward()
+        measured = backward(model, plan[step], config)
+        parallel.sum_gradients(optimizer.params)
         lr, norm = optimizer.step(step)
-        log({"stage": stage, "step": step + 1, "steps": len(plan), "loss": float(loss.detach()), "pair_accuracy": float(right),
-             "lr": lr, "grad_norm": norm})
+        log({"stage": stage, "step": step + 1, "steps": len(plan), **measured, "lr": lr, "grad_norm": norm})
         state.tick(step + 1)
     log({"stage": stage, "event": "eval", "step": len(plan), "pair_accuracy": evaluate(model)})
     return model

@@ -41,7 +41,8 @@ def advantages(rollout: Rollout, beta: float, config: GroupConfig) -> Tensor:
 def update(policy: Model, optimizer: Optimizer, rollout: Rollout, beta: float, config: GroupConfig, seed: int, step: int) -> dict:
     """The passes over one rollout. Returns the means of what they measured."""
     lengths = rollout.cu_actions.diff().long()
-    gain = advantages(rollout, beta, config).repeat_interleave(lengths) * importance(rollout, config.importance_cap)
+    weights = importance(rollout, config.importance_cap)
+    gain = advantages(rollout, beta, config).repeat_interleave(lengths) * weights
     grpo = config.advantage == "grpo"
     by = "sequence" if grpo and config.length_norm else "sum"
     length = config.max_new_tokens if grpo else 1.0  # Liu et al. 2025: a constant, so that length weighs nothing
@@ -51,7 +52,7 @@ def update(policy: Model, optimizer: Optimizer, rollout: Rollout, beta: float, c
         logprobs, _ = policy.logprobs(tokens, cu_seqlens, where, config.temperature)
         terms, facts = policy_terms(logprobs, rollout.logprobs[index], gain[index], config.clip)
         if grpo:
-            terms = terms + beta * kl_loss(logprobs, rollout.ref_logprobs[index], "k3")
+            terms = terms + beta * kl_loss(logprobs, rollout.ref_logprobs[index], "k3") * weights[index]
         bounds = torch.nn.functional.pad(lengths[torch.as_tensor(part, device=lengths.device)].cumsum(0), (1, 0))
         value = average(terms, bounds, by, len(whole), length)
         return value, {"policy_loss": float(value.detach()) / share_of(rollout, part, whole), **facts}

@@ -104,7 +104,7 @@ def roll_out(policy: Model, ref: Model, value: Optional[Callable], judge: Judge,
     hidden, ref_hidden = policy(tokens, cu_seqlens)[where], ref(tokens, cu_seqlens)[where]
     logprobs, entropy = ops.token_logprobs(hidden, policy.head_weight, tokens[where + 1], config.temperature)
     ref_logprobs, _ = ops.token_logprobs(ref_hidden, ref.head_weight, tokens[where + 1], config.temperature)
-    finished = torch.tensor([c.finished for c in drawn], device=policy.device)
+    finished = torch.tensor([c.finished for c in drawn], dtype=torch.bool, device=policy.device)
     part = Rollout(
         tokens, cu_seqlens, where, ragged([c.ids for c in drawn], policy.device)[1], logprobs, ref_logprobs,
         torch.zeros(0, device=policy.device) if value is None else value(tokens, cu_seqlens, where),

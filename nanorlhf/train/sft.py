@@ -8,6 +8,7 @@ from typing import Callable, List, Sequence
 import numpy as np
 import torch
 
+from .. import parallel
 from ..checkpoint import StageState
 from ..config import SFTConfig
 from ..engine.generate import ragged
@@ -44,6 +45,17 @@ def response_logprobs(model: Model, examples: Sequence[Rendered]) -> tuple[torch
     return model.logprobs(tokens, cu_seqlens, where)[0], tokens[where + 1]
 
 
+def backward(model: Model, examples: Sequence[Rendered]) -> float:
+    """The gradients of the mean loss over the batch's response tokens, of which every rank forms its examples' part. Returns the loss."""
+    count, mine = sum(sum(mask) for _, mask in examples), examples[parallel.share(len(examples))]
+    total = 0.0
+    if mine:
+        loss = -response_logprobs(model, mine)[0].sum() / count
+        loss.backward()
+        total = float(loss.detach())
+    return sum(parallel.gather(total))
+
+
 def sft(model: Model, examples: Sequence[Rendered], config: SFTConfig, seed: int, state: StageState,
         evaluate: Callable[[Model], float], log: Callable[[dict], None]) -> Model:
     """Fine-tune on rendered demonstrations. evaluate(model) → held-out bits per byte of the responses.
@@ -64,11 +76,10 @@ def sft(model: Model, examples: Sequence[Rendered], config: SFTConfig, seed: int
             continue
         if step in (0, config.steps // 2):
             log({"stage": "sft", "event": "eval", "step": step, "response_bpb": evaluate(model)})
-        logprobs, _ = response_logprobs(model, [examples[i] for i in batches[step - passed]])
-        loss = -logprobs.mean()
-        loss.backward()
+        loss = backward(model, [examples[i] for i in batches[step - passed]])
+        parallel.sum_gradients(optimizer.params)
         lr, norm = optimizer.step(step)
-        log({"stage": "sft", "step": step + 1, "loss": float(loss.detach()), "lr": lr, "grad_norm": norm,
+        log({"stage": "sft", "step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
              "epoch": epoch})
         state.tick(step + 1)
     log({"stage": "sft", "event": "eval", "step": config.steps, "response_bpb": evaluate(model)})

@@ -29,12 +29,15 @@ def improve(stage: str, policy: Model, prompts: Sequence[List[int]], config: RLC
     """
     held = state.restore(**parts)
     controller = AdaptiveKL(held.get("beta", config.kl_coef), config.kl_target, config.kl_horizon)
-    for step in range(held["step"], 0 if held.get("stopped") else config.steps):
+    if "stopped" in held:  # by an earlier sitting, that was ended before the stage was complete
+        log(held["stopped"])
+    for step in range(held["step"], 0 if "stopped" in held else config.steps):
         rollout = roll_out(drawn_prompts(prompts, config.prompts, seed, step), seed * 1_000_003 + step)
         measured = rollout.measured()
         if config.kl_budget and measured["kl"] > config.kl_budget:
-            log({"stage": stage, "event": "stop", "step": step, "kl": measured["kl"], "kl_budget": config.kl_budget})
-            state.save(step, beta=controller.beta, stopped=True)
+            row = {"stage": stage, "event": "stop", "step": step, **measured, "kl_budget": config.kl_budget}
+            log(row)
+            state.save(step, beta=controller.beta, stopped=row)
             break
         updated = update(rollout, controller.beta, step)
         log({"stage": stage, "step": step + 1, **measured, "kl_coef": controller.beta,
