@@ -57,7 +57,7 @@ def drawn(options, count=20_000, vocab_size=8):
 def test_tokens_come_as_often_as_hugging_faces_processors_say(options):
     """Pearson's χ² of 20,000 draws against the expected counts, below the point that chance passes once in 1,000; and each token's
     log-probability, its share before any filter, and what the mask kept, in fp64."""
-    tokens, logprobs, unfiltered, kept = drawn(options)
+    tokens, logprobs, unfiltered, kept = drawn(options)[:4]
     p = expected_of(options)
     counts, expected = np.bincount(tokens.numpy(), minlength=8), 20_000 * p.numpy()
     live = expected > 0
@@ -87,6 +87,9 @@ def test_rows_that_ask_for_nothing_keep_their_logits_and_others_have_their_own()
         exact = processed(logits[row][None], seen[row] or [7], c.repetition_penalty, c.logit_bias)
         torch.testing.assert_close(changed[row].double(), exact[0], rtol=1e-6, atol=1e-6)
     assert [f.rows.tolist() for f in filters] == [[2, 4], [1, 4]]
+    for f in reversed(filters):
+        f.undo(changed)
+    assert changed.equal(logits)
 
 
 @given(st.integers(1, 6), st.sampled_from([1, 31, 32, 33, 4097]), st.integers(0, 2**31), st.data())
@@ -122,8 +125,29 @@ def test_one_sampler_for_all_rows_draws_what_each_rows_own_does():
             logits = (3 * torch.randn(4, 300, generator=torch.Generator().manual_seed(step))).to(dtype)
             steps = torch.full((4,), step)
             each = [a.draw(logits[i : i + 1].clone(), requests[i : i + 1], steps[i : i + 1]) for i, a in enumerate(alone)]
-            for i, x in enumerate(together.draw(logits, requests, steps)[:2]):
-                assert x.equal(torch.cat([one[i] for one in each]))
+            before = logits.clone()
+            drawn = together.draw(logits, requests, steps)
+            assert logits.equal(before)
+            for i in (0, 1, 3):
+                assert drawn[i].equal(torch.cat([one[i] for one in each]))
+            torch.testing.assert_close(drawn.unfiltered, torch.cat([one.unfiltered for one in each]), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", COMBINED, ids=str)
+def test_top_logprobs_and_entropy_are_those_of_what_is_drawn_from(options):
+    p, options = expected_of(options), dict(options)
+    mask = options.pop("mask", None)
+    sampler = Sampler([SamplingConfig(**options), SamplingConfig(0)], 5, 8, [SEEN] * 2)
+    given = LOGITS.repeat(2, 1), torch.tensor([0, 1]), torch.tensor([0, 0])
+    drawn = sampler.draw(*given, mask if mask is None else torch.tensor([[mask]] * 2, dtype=torch.int32), top=3, with_entropy=True)
+    alone = Sampler([SamplingConfig(**options)], 5, 8, [SEEN]).draw(LOGITS[None].clone(), *(x[:1] for x in given[1:]),
+        mask if mask is None else torch.tensor([[mask]], dtype=torch.int32), top=3, with_entropy=True)  # fmt: skip
+    for ids, logprobs, spread in ((drawn.top[0][0], drawn.top[1][0], drawn.entropy[0]), (alone.top[0][0], alone.top[1][0], alone.entropy[0])):
+        expected = p.sort(descending=True)[0][:3]
+        assert logprobs.exp().tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+        assert p[ids].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+        assert float(spread) == pytest.approx(-sum(x * math.log(x) for x in p.tolist() if x), rel=1e-5)
+    assert drawn.top[0][1, 0] == 0 and drawn.top[1][1].tolist() == [0, -math.inf, -math.inf] and drawn.entropy[1] == 0
 
 
 def test_settings_that_all_rows_share_stay_numbers():

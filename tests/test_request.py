@@ -17,7 +17,7 @@ def test_a_request_that_makes_no_sense_is_refused(changes, message):
 
 
 @pytest.mark.parametrize("changes, message", [({"temperature": -0.1}, "temperature of 0 or more, got -0.1"),
-                                              ({"repetition_penalty": 0}, "repetition_penalty above 0, got 0")])
+                                              ({"repetition_penalty": 0}, "repetition_penalty: expected a finite number above 0, got 0")])
 def test_sampling_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**changes)

@@ -18,8 +18,11 @@ class LogitFilter(Protocol):
     def apply(self, logits: Tensor) -> None:
         """logits: (B, V) floating point, changed in place."""
 
+    def undo(self, logits: Tensor) -> None:
+        """Puts back what the last ``apply`` has changed: the same bits."""
+
     def see(self, tokens: Tensor) -> None:
-        """tokens: (B,) int64, what the rows have drawn from the logits of the last ``apply``."""
+        """tokens: (B,) int64, what the rows have drawn."""
 
 
 class LogitBias:
@@ -44,7 +47,11 @@ class LogitBias:
         self._bias = torch.tensor(numbers, dtype=torch.float64, device=device)
 
     def apply(self, logits: Tensor) -> None:
-        logits[self._at] += self._bias.to(logits.dtype)
+        self._before = logits[self._at]
+        logits[self._at] = self._before + self._bias.to(logits.dtype)
+
+    def undo(self, logits: Tensor) -> None:
+        logits[self._at] = self._before
 
     def see(self, tokens: Tensor) -> None:
         """What is drawn changes no bias."""
@@ -81,9 +88,12 @@ class RepetitionPenalty:
     def apply(self, logits: Tensor) -> None:
         # An id that is there twice is written twice, and the same: all are read first.
         owners, ids = self._seen[:, :self._count]
-        rows, penalty = self.rows[owners], self._penalty.to(logits.dtype)[owners]
-        values = logits[rows, ids]
-        logits[rows, ids] = torch.where(values < 0, values * penalty, values / penalty)
+        penalty, self._at = self._penalty.to(logits.dtype)[owners], (self.rows[owners], ids)
+        self._before = logits[self._at]
+        logits[self._at] = torch.where(self._before < 0, self._before * penalty, self._before / penalty)
+
+    def undo(self, logits: Tensor) -> None:
+        logits[self._at] = self._before
 
     def see(self, tokens: Tensor) -> None:
         first, self._count = self._count, self._count + len(self.rows)

@@ -30,6 +30,8 @@ class Drawn(NamedTuple):
     logprobs: Tensor  # (B,) under what they were drawn from, nats
     unfiltered: Tensor  # (B,) under softmax(logits / temperature) before any filter or mask; temperature 1 where it is 0
     kept: Tensor  # (B,) the share of probability that the mask allows, after bias and penalty
+    top: Optional[tuple[Tensor, Tensor]] = None  # (ids, logprobs), (B, k) each, of what they were drawn from
+    entropy: Optional[Tensor] = None  # (B,) of what they were drawn from, nats
 
 
 class Sampler:
@@ -60,30 +62,57 @@ class Sampler:
         self.filters = filters_of([c.repetition_penalty for c in configs], [c.logit_bias for c in configs], seen, vocab_size, device)
         self._filtered = torch.cat([f.rows for f in self.filters]).unique() if self.filters else None
 
-    def draw(self, logits: Tensor, requests: Tensor, steps: Tensor, mask: Optional[Tensor] = None) -> Drawn:
-        """logits: (B, V), changed in place by bias and penalty; requests, steps: (B,) int64; mask: as ops.sample's.
+    def draw(self, logits: Tensor, requests: Tensor, steps: Tensor, mask: Optional[Tensor] = None, top: int = 0,
+             with_entropy: bool = False) -> Drawn:
+        """logits: (B, V), left as they are (bias and penalty are taken back); requests, steps: (B,) int64; mask: as ops.sample's.
+        top: how many of the most probable tokens to return.
 
         Raises ValueError as ops.sample does."""
-        if not self.filters:
-            return Drawn(*ops.sample(logits, self.seed, requests, steps, mask=mask, **self.settings))
-        policy = logits[self._filtered]
+        logits = logits.detach()
         for f in self.filters:
             f.apply(logits)
-        drawn = Drawn(*ops.sample(logits, self.seed, requests, steps, mask=mask, **self.settings))
+        try:
+            drawn = Drawn(*ops.sample(logits, self.seed, requests, steps, mask=mask, **self.settings))
+            if top:
+                drawn = drawn._replace(top=top_logprobs(logits, top, mask=mask, **self.settings))
+            if with_entropy:
+                drawn = drawn._replace(entropy=entropy(logits, mask=mask, **self.settings))
+        finally:
+            for f in reversed(self.filters):
+                f.undo(logits)
         for f in self.filters:
             f.see(drawn.tokens)
-        drawn.unfiltered[self._filtered] = self._logprobs(policy, drawn.tokens[self._filtered]).to(drawn.unfiltered.dtype)
+        if self.filters:
+            drawn.unfiltered[self._filtered] = self._policy(logits, drawn.tokens).to(drawn.unfiltered.dtype)
         return drawn
 
-    def _logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Of tokens that the rows with filters have drawn, under softmax(logits / temperature); in fp64, so that it makes no difference
-        whether one temperature is all rows' or each row's own."""
+    def _policy(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probs, under softmax(logits / temperature), of the tokens of the rows with filters."""
         temperature = self.settings.get("temperature", 1.0)
-        if isinstance(temperature, Tensor):
-            temperature = temperature[self._filtered, None]
-            temperature = temperature.masked_fill(temperature == 0, 1)
-        return (logits.double() / (temperature if isinstance(temperature, Tensor) else temperature or 1)).log_softmax(-1).gather(
-            1, tokens.clamp(min=0)[:, None]).squeeze(1)
+        alone = isinstance(temperature, Tensor)
+        if len(self._filtered) < len(logits):  # those alone
+            logits, tokens = logits[self._filtered], tokens[self._filtered]
+            temperature = temperature[self._filtered] if alone else temperature
+        temperature = temperature.masked_fill(temperature == 0, 1) if alone else temperature or 1.0
+        return ops.logits_logprobs(*_scaled(logits, tokens.clamp(min=0), temperature))[0]
+
+
+def _plain(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, mask=None) -> bool:
+    """Whether these settings leave every token its share of softmax(logits / temperature)."""
+    if mask is not None or any(isinstance(x, Tensor) for x in (top_k, top_p, min_p)) or (top_k, top_p, min_p) != (0, 1, 0):
+        return False
+    return bool((temperature > 0).all()) if isinstance(temperature, Tensor) else temperature > 0
+
+
+def _scaled(logits: Tensor, targets: Tensor, temperature=1.0, **_):
+    """The arguments of ops.logits_logprobs, which takes one temperature for all: logits are divided before, so that it makes no
+    difference to a row's bits whether its temperature is all rows' or its own."""
+    if not isinstance(temperature, Tensor):
+        if temperature == 1:
+            return logits, targets, 1.0
+        temperature = torch.full_like(targets, temperature, dtype=torch.float64)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(wide) / temperature.to(wide)[:, None], targets, 1.0
 
 
 def top_logprobs(logits: Tensor, k: int, **settings) -> tuple[Tensor, Tensor]:
@@ -96,8 +125,13 @@ def top_logprobs(logits: Tensor, k: int, **settings) -> tuple[Tensor, Tensor]:
     """
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"top_logprobs: expected k from 1 to V = {logits.shape[1]}, got {k}")
-    logprobs, ids = filtered_logprobs(logits, **settings)[0].topk(k)
-    return ids, logprobs
+    if not _plain(**settings):
+        logprobs, ids = filtered_logprobs(logits, **settings)[0].topk(k)
+        return ids, logprobs
+    values, ids = logits.topk(k)
+    scaled, first, temperature = _scaled(logits, ids[:, 0], **settings)
+    best = ops.logits_logprobs(scaled, first, temperature)[0]
+    return ids, best[:, None] + (scaled.gather(1, ids) - scaled.gather(1, ids[:, :1])).to(best.dtype) / temperature
 
 
 def entropy(logits: Tensor, **settings) -> Tensor:
@@ -106,4 +140,6 @@ def entropy(logits: Tensor, **settings) -> Tensor:
     >>> round(float(entropy(torch.zeros(1, 8), top_k=8).exp()), 4)
     8.0
     """
+    if _plain(**settings):
+        return ops.logits_logprobs(*_scaled(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64), **settings))[1]
     return torch.special.entr(filtered_logprobs(logits, **settings)[0].exp()).sum(-1)

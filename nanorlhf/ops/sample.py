@@ -140,9 +140,10 @@ def filtered_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, ma
         if len(empty):
             raise ValueError(f"sample: expected a mask that allows a token above -inf, got none in row {int(empty[0])}")
     scores = _filtered(scores, top_k, top_p, min_p)
-    # At temperature 0 the first of the largest is all that is left.
-    first = torch.arange(V, device=scores.device) == scores.argmax(-1, keepdim=True)
-    return scores.masked_fill((temperature == 0) & ~first, -math.inf).log_softmax(-1), unfiltered, kept
+    if bool((temperature == 0).any()):  # there the first of the largest is all that is left
+        first = torch.arange(V, device=scores.device) == scores.argmax(-1, keepdim=True)
+        scores = scores.masked_fill((temperature == 0) & ~first, -math.inf)
+    return scores.log_softmax(-1), unfiltered, kept
 
 
 def _filtered(scores, top_k, top_p, min_p):
