@@ -60,27 +60,54 @@ void backward(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads
 
 using Cache = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, batch, token and head stride
 
-void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, uintptr_t lengths,
-            float scale, int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t prefix_bounds,
-            int64_t tokens, uintptr_t owner, Strided prefix_k, Strided prefix_v, bool as_forward,
-            int num_threads) {
+DecodeProblem decode_problem(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, uintptr_t lengths, float scale,
+                             int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t owner) {
     DecodeProblem p{};
     p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
     p.lengths = at<const int32_t>(lengths), p.scale = scale, p.dtype = dtype, p.q = rows(q), p.out = rows(out);
     p.k = at<const void>(std::get<0>(k)), p.v = at<const void>(std::get<0>(v));
     std::tie(std::ignore, p.k_batch, p.k_token, p.k_head) = k;
     std::tie(std::ignore, p.v_batch, p.v_token, p.v_head) = v;
-    for (int64_t b = 0; b < batch; ++b)
-        if (p.lengths[b] < 0 || p.lengths[b] > capacity)
-            throw std::invalid_argument("attention_decode: expected lengths in [0, Tmax = " +
-                                        std::to_string(capacity) + "], got " + std::to_string(p.lengths[b]));
-    p.prefixes = prefixes, p.prefix_bounds = at<const int32_t>(prefix_bounds), p.owner = at<const int32_t>(owner);
-    p.prefix_k = rows(prefix_k), p.prefix_v = rows(prefix_v);
-    if (owner) check_cu_seqlens(p.prefix_bounds, prefixes, tokens, "attention_decode");
-    for (int64_t b = 0; owner && b < batch; ++b)
-        if (p.owner[b] < 0 || p.owner[b] >= prefixes)
-            throw std::invalid_argument("attention_decode: expected owner in [0, P = " + std::to_string(prefixes) + "), got " + std::to_string(p.owner[b]));
-    attention_decode(p, as_forward, num_threads);
+    p.prefixes = prefixes, p.owner = at<const int32_t>(owner);
+    return p;
+}
+
+// what: "op: expected name in [low, bound = ".
+void check_range(const int32_t* x, int64_t count, int64_t low, int64_t high, const char* what) {
+    for (int64_t i = 0; i < count; ++i)
+        if (x[i] < low || x[i] > high) throw std::invalid_argument(what + std::to_string(high) + "], got " + std::to_string(x[i]));
+}
+
+void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, uintptr_t lengths, float scale,
+            int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t prefix_bounds, int64_t tokens,
+            uintptr_t owner, Strided prefix_k, Strided prefix_v, bool as_forward, int num_threads) {
+    DecodeProblem p = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, q, out, k, v, prefixes, owner);
+    p.prefix_bounds = at<const int32_t>(prefix_bounds), p.prefix_k = rows(prefix_k), p.prefix_v = rows(prefix_v);
+    check_range(p.lengths, batch, 0, capacity, "attention_decode: expected lengths in [0, Tmax = ");
+    if (owner) {
+        check_cu_seqlens(p.prefix_bounds, prefixes, tokens, "attention_decode");
+        check_range(p.owner, batch, 0, prefixes - 1, "attention_decode: expected owner in [0, P - 1 = ");
+    }
+    attention_decode(p, {}, as_forward, num_threads);
+}
+
+void paged(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t page_size, int64_t page_count, int64_t width,
+           uintptr_t pages, uintptr_t lengths, float scale, int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes,
+           int64_t prefix_width, uintptr_t prefix_pages, uintptr_t prefix_lengths, uintptr_t owner, bool as_forward, int num_threads) {
+    const DecodeProblem p = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, q, out, k, v, prefixes, owner);
+    const DecodePages in{at<const int32_t>(pages), at<const int32_t>(prefix_pages), at<const int32_t>(prefix_lengths), width,
+                         prefix_width, page_size, page_count};
+    const auto check_pages = [&](const int32_t* table, const int32_t* filled, int64_t count, int64_t columns, const char* what) {
+        for (int64_t i = 0; i < count; ++i) check_range(table + i * columns, (filled[i] + page_size - 1) / page_size, 0, page_count - 1, what);
+    };
+    check_range(p.lengths, batch, 0, width * page_size, "attention_paged: expected lengths in [0, Pmax * page_size = ");
+    check_pages(in.own, p.lengths, batch, width, "attention_paged: expected pages in [0, P - 1 = ");
+    if (owner) {
+        check_range(in.prefix_lengths, prefixes, 0, prefix_width * page_size, "attention_paged: expected prefix lengths in [0, Pg * page_size = ");
+        check_pages(in.prefix, in.prefix_lengths, prefixes, prefix_width, "attention_paged: expected prefix pages in [0, P - 1 = ");
+        check_range(p.owner, batch, -1, prefixes - 1, "attention_paged: expected owner in [-1, G - 1 = ");
+    }
+    attention_decode(p, in, as_forward, num_threads);
 }
 
 void softmax(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t dy,
@@ -213,6 +240,7 @@ void bind_ops(py::module_& m) {
     m.def("attention_forward", &forward, release(), "Fills out and lse.");
     m.def("attention_backward", &backward, release(), "Fills dq, dk and dv.");
     m.def("attention_decode", &decode, release(), "One query per sequence against a cache: fills out.");
+    m.def("attention_paged", &paged, release(), "The same against pages of a pool.");
     m.def("softmax", &softmax, release(), "Row softmax (out = y) or its gradient (x = y, out = dx).");
     m.def("loss", &loss, release(), "Fills logprob, entropy and lse, or overwrites logits with their gradient.");
     m.def("has_head", &has_head, "Whether this CPU has `head`.");

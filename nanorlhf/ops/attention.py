@@ -105,7 +105,7 @@ def _unshared(k_cache, v_cache, lengths, k, v, cu_seqlens, owner):
     _check_bounds(bounds, len(k), "attention_decode")
     _check_lengths(lengths, k_cache)
     if not 0 <= int(owner.min()) <= int(owner.max()) < len(bounds) - 1:
-        raise ValueError(f"attention_decode: expected owner in [0, P = {len(bounds) - 1})")
+        raise ValueError(f"attention_decode: expected owner in [0, P - 1 = {len(bounds) - 2}]")
     whole = (
         pad_sequence([torch.cat((x[bounds[i] : bounds[i + 1]], c)) for i, c in zip(owner.tolist(), cache, strict=True)], True)
         for x, cache in ((k, k_cache), (v, v_cache))

@@ -1,7 +1,7 @@
 """Attention of one new query per sequence over keys and values that lie in pages of a pool.
 
-Native on GPUs (csrc/attention_decode.cu reads the pages where they are); on the CPU the pages that are seen are gathered for
-attention_decode. Source: PagedAttention, Kwon et al., arXiv 2309.06180.
+Native on CPUs and GPUs, by the kernels of attention_decode, which read the pages where they are (csrc/attention.h).
+Source: PagedAttention, Kwon et al., arXiv 2309.06180.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import torch
 
 from nanorlhf.ops import backend
-from nanorlhf.ops.attention import MAX_HEAD_DIM, attention_decode, attention_decode_reference
+from nanorlhf.ops.attention import MAX_HEAD_DIM, attention_decode_reference
 
 
 def attention_paged(q, k_pages, v_pages, pages, lengths, scale=None, prefix=None):
@@ -19,7 +19,8 @@ def attention_paged(q, k_pages, v_pages, pages, lengths, scale=None, prefix=None
     each sequence's pages in order; lengths: (B,) int32, how many tokens it has there; what its table or its last page holds
     beyond them is not read. A sequence with none gets zeros. scale: 1/√D unless given. Returns (B, H, D). No gradient.
     prefix: (pages, lengths, owner): (G, Pg), (G,) and (B,) int32: G prefixes in the same pool; sequence b sees the keys of prefix
-    owner[b], if that is not -1, before its own. A prefix is read once for all that share it.
+    owner[b], if that is not -1, before its own. A prefix is read once for all that share it, but with backend.deterministic, where
+    the bits are those of ``attention``.
     Raises ValueError for shapes or dtypes that do not fit together. Lengths, pages or owners out of range are an error on the
     CPU; on a GPU, where it would have to be waited for, the sequences concerned become NaN.
 
@@ -78,9 +79,6 @@ def _cache(x):
 
 
 def _paged(q, k_pages, v_pages, pages, lengths, scale, prefix):
-    if backend.on_cpu(q):
-        return attention_decode(q, *_gathered(k_pages, v_pages, pages, lengths), scale,
-                                _gathered_prefix(k_pages, v_pages, *prefix) if prefix else None)  # fmt: skip
     q, k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_pages, v_pages))
     pages, lengths, *prefix = (x.contiguous() for x in (pages, lengths, *prefix))
     out = q.new_empty(q.shape)
@@ -91,7 +89,7 @@ def _paged(q, k_pages, v_pages, pages, lengths, scale, prefix):
     module.attention_paged(
         *sizes, size, count, width, pages.data_ptr(), lengths.data_ptr(), scale, backend.DTYPES[q.dtype],
         (q.data_ptr(), *q.stride()[:2]), (out.data_ptr(), *out.stride()[:2]), _cache(k_pages), _cache(v_pages),
-        prefixes, prefix_width, *(x.data_ptr() for x in prefix or [lengths[:0]] * 3), lane,
+        prefixes, prefix_width, *(x.data_ptr() for x in prefix or [lengths[:0]] * 3), backend.is_deterministic(), lane,
     )  # fmt: skip
     return out
 
