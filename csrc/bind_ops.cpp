@@ -217,13 +217,17 @@ void swiglu(bool is_backward, int64_t row_count, int64_t columns, int dtype, uin
     (is_backward ? swiglu_backward : swiglu_forward)(p, num_threads);
 }
 
+// own: what rows have of their own of seed, temperature, top_k, top_p and min_p, addresses or 0.
+using Own = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
 void draw(int64_t row_count, int64_t columns, int64_t stride, int dtype, uintptr_t logits, int64_t seed, uintptr_t requests,
-          uintptr_t steps, double temperature, int64_t top_k, double top_p, double min_p, uintptr_t tokens, uintptr_t logprob,
-          uintptr_t unfiltered, int num_threads) {
-    const SampleProblem p{row_count, columns, stride, dtype, at<const void>(logits), static_cast<uint64_t>(seed),
-                          at<const int64_t>(requests), at<const int64_t>(steps), temperature, top_k, top_p, min_p,
-                          at<int64_t>(tokens), at<float>(logprob), at<float>(unfiltered)};
-    sample(p, num_threads);
+          uintptr_t steps, double temperature, int64_t top_k, double top_p, double min_p, const Own& own, uintptr_t mask,
+          int64_t mask_stride, uintptr_t tokens, uintptr_t logprob, uintptr_t unfiltered, uintptr_t kept, int num_threads) {
+    sample({row_count, columns, stride, dtype, at<const void>(logits), at<const int64_t>(requests), at<const int64_t>(steps),
+            {static_cast<uint64_t>(seed), temperature, top_k, top_p, min_p}, at<const int64_t>(std::get<0>(own)),
+            at<const int64_t>(std::get<2>(own)), at<const double>(std::get<1>(own)), at<const double>(std::get<3>(own)),
+            at<const double>(std::get<4>(own)), at<const uint32_t>(mask), mask_stride, at<int64_t>(tokens), at<float>(logprob),
+            at<float>(unfiltered), at<float>(kept)}, num_threads);
 }
 
 }  // namespace
@@ -251,7 +255,7 @@ void bind_ops(py::module_& m) {
     m.def("ppo_loss", &ppo, release(), "One half of the PPO loss: fills terms and grad.");
     m.def("embedding", &embedding, release(), "Rows by id, or the fp32 sum of their gradients.");
     m.def("optim", &update, release(), "One pass over a table of parameters: see OptimKind. Returns a sum of squares, or 0.");
-    m.def("sample", &draw, release(), "A token a row: fills tokens and its two log-probabilities.");
+    m.def("sample", &draw, release(), "A token a row: fills tokens, its two log-probabilities and the mask's share.");
     m.def("rope", &rotate, release(), "Turns pairs of q and k, normalised where they have a weight, by their position's angles; or the gradients.");
     m.def("swiglu", &swiglu, release(), "silu(gate) * up, or dgate and dup.");
 }

@@ -15,9 +15,12 @@ _held = threading.local()  # its casts: {(dtype, ids of the weights): (the weigh
 
 
 @contextmanager
-def weights_held():
-    """Within it no weight may change, and each is cast once: for decoding, where a step is not much more work than its casts."""
-    before, _held.casts = getattr(_held, "casts", None), {}
+def weights_held(casts=None):
+    """Within it no weight may change, and each is cast once: for decoding, where a step is not much more work than its casts.
+
+    casts: a dict that keeps them from one time to the next; whoever changes a weight in between empties it.
+    """
+    before, _held.casts = getattr(_held, "casts", None), {} if casts is None else casts
     try:
         yield
     finally:
