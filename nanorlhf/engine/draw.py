@@ -1,6 +1,6 @@
-"""From hidden states to the next token of each row, with what is reported about it."""
+"""From logits to the next token of each row, with what is reported about it."""
 
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -11,26 +11,31 @@ from . import batch as columns
 from .batch import Batch
 
 
-def draw(model: Model, head: Tensor, hidden: Tensor, batch: Batch, low: int, high: int) -> Tuple[Tensor, Tensor, Optional[tuple]]:
-    """The next tokens of rows low to high, of hidden states (R, C): tokens (R,); marks (M, R) fp32, which are log-probs under what was
-    drawn from, unfiltered ones, kept mass and, if a row asks for it, entropy; and the most probable tokens (log-probs, ids) (R, k)."""
-    fixed = ops.backend.is_deterministic()
-    logits = raw = ops.matmul(hidden, head, dtype=torch.float32) if fixed else hidden.float() @ head.T  # fp32, as training's are
+def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+    """(R, V) of hidden states (R, C); fp32, as training's are."""
+    return ops.matmul(hidden, head, dtype=torch.float32) if ops.backend.is_deterministic() else hidden.float() @ head.float().T
+
+
+def draw(model: Model, logits: Tensor, hidden: Optional[Tensor], batch: Batch, low: int, high: int) -> Tuple[Tensor, Tensor, Optional[tuple]]:
+    """The next tokens of rows low to high, of logits (R, V) and, where deterministic is on, hidden states (R, C): tokens (R,); marks
+    (M, R) fp32, which are log-probs under what was drawn from, unfiltered ones, kept mass and, if a row asks for it, entropy; and
+    the most probable tokens (log-probs, ids) (R, k)."""
+    raw = logits
     settings = batch.settings if (low, high) == (0, batch.size) else batch.settings_of(low, high)
-    seed, streams, temperature, *filters = settings
+    seed, streams, *others = settings
     shaped = batch.flags & (columns.PENALISED | columns.BIASED)
     if shaped:
         logits = _shaped(raw, batch, low, high)
     mask = batch.mask(low, high) if batch.flags & columns.CONSTRAINED else None
     steps = batch.on_device(batch.ints[columns.STEP, low:high])
-    tokens, logprobs, unfiltered, kept = sample(logits, seed, streams, steps, temperature, *filters, mask)
+    tokens, logprobs, unfiltered, kept = ops.sample(logits, seed, streams, steps, *others, mask)
     if shaped or batch.flags & (columns.ENTROPY | columns.TOP):
         divisor = batch.on_device(batch.reals[columns.TEMPERATURE, low:high].copy())[:, None].float()
         policy = (raw / divisor.masked_fill(divisor == 0, 1)).log_softmax(-1)
     if shaped:
         altered = batch.on_device(batch.ints[columns.FLAGS, low:high] & (columns.PENALISED | columns.BIASED)) > 0
         unfiltered = torch.where(altered, policy.gather(1, tokens[:, None]).squeeze(1), unfiltered)
-    if fixed:
+    if ops.backend.is_deterministic():
         logprobs, unfiltered = _as_trained(model, hidden, batch, low, high, tokens, logprobs, unfiltered)
     marks, top = [logprobs, unfiltered, kept], None
     if batch.flags & columns.ENTROPY:
@@ -67,26 +72,3 @@ def _as_trained(model, hidden, batch: Batch, low: int, high: int, tokens, logpro
         rows = batch.on_device((policy & (temperature == t)).nonzero()[0])
         logprobs[rows] = unfiltered[rows] = ops.token_logprobs(hidden[rows], model.head_weight, tokens[rows], t)[0]
     return logprobs, unfiltered
-
-
-def sample(logits, seed, requests, steps, temperature, top_k, top_p, min_p, mask=None):
-    """ops.sample with settings of each row's own, a mask, and the mass that it keeps."""
-    B, V = logits.shape
-    kept, masked = torch.ones(B, device=logits.device), logits
-    columns_of = [x.tolist() if isinstance(x, Tensor) else [x] * B for x in (seed, temperature, top_k, top_p, min_p)]
-    if mask is not None:
-        allowed = (mask[:, :, None] >> torch.arange(32, device=mask.device) & 1).bool().flatten(1)[:, :V]
-        masked = logits.masked_fill(~allowed, -torch.inf)
-        t = torch.tensor([t or 1.0 for t in columns_of[1]], device=logits.device)[:, None]
-        kept = (logits / t).softmax(-1).masked_fill(~allowed, 0).sum(-1)
-    groups: dict[tuple, List[int]] = {}
-    for r, key in enumerate(zip(*columns_of)):
-        groups.setdefault(key, []).append(r)
-    tokens, logprobs, unfiltered = torch.empty_like(requests), torch.empty_like(kept), torch.empty_like(kept)
-    for (own_seed, t, *filters), rows in groups.items():
-        i = slice(None) if len(groups) == 1 else torch.tensor(rows, device=logits.device)
-        tokens[i], logprobs[i], unfiltered[i] = ops.sample(masked[i], own_seed, requests[i], steps[i], t, *filters)
-        if mask is not None:
-            p = (logits[i] / (t or 1)).log_softmax(-1)
-            unfiltered[i] = p.gather(1, tokens[i][:, None]).squeeze(1)
-    return tokens, logprobs, unfiltered, kept

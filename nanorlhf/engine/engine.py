@@ -17,8 +17,8 @@ from ..model import Model
 from ..tokenizer import Tokenizer
 from . import batch as columns
 from .batch import Batch
-from .cache import PagedCache
-from .draw import draw
+from .cache import PagedCache, packed_decoder
+from .draw import draw, logits_of
 from .pages import PagePool, PrefixTree
 from .prefill import Plan, Prefill, plan_next
 from .request import Completion, Handle, Request
@@ -124,10 +124,13 @@ class Engine:
         self.tree.clear()
         if self._known is None or known[1:3] != self._known[1:3]:
             self.cache = PagedCache(self.model, self.pool.count, self.pool.size)
+        if self._known is None or known[1:] != self._known[1:]:
+            self._decoder = packed_decoder(self.model)
+        elif self._decoder is not None:
+            self._decoder.pack()
         self._known, self._crowded = known, False
         self._casts.clear()
-        weight = self.model.head_weight.detach().to(self.model.compute_dtype)
-        self._head = weight if known[3] else weight.float()
+        self._head = self.model.head_weight.detach().to(self.model.compute_dtype)
 
     def _take(self, count: int) -> Optional[np.ndarray]:
         if count > self.pool.free:
@@ -154,7 +157,7 @@ class Engine:
                 for handle, pages in zip(plan.handles, plan.tables):
                     self.batch.join(handle, pages, len(plan.context))
             self.batch.compose()
-            self._harvest(low, [self._draw(hidden, low)])
+            self._harvest(low, [self._draw(logits_of(hidden, self._head), hidden, low)])
 
     def _prefill(self, plans: List[Plan]) -> Tensor:
         """Run the plans' prompts: hidden states (R, C) of the last token for each of their requests."""
@@ -164,9 +167,9 @@ class Engine:
             self.cache.copy(*p.copies)
         return hidden
 
-    def _draw(self, hidden: Tensor, low: int):
+    def _draw(self, logits: Tensor, hidden: Optional[Tensor], low: int):
         batch = self.batch
-        tokens, marks, top = draw(self.model, self._head, hidden, batch, low, batch.size)
+        tokens, marks, top = draw(self.model, logits, hidden, batch, low, batch.size)
         batch.token[low:batch.size] = tokens
         if batch.flags & columns.PENALISED:
             batch.seen[batch.on_device(batch.ints[columns.RECORD, low:batch.size]), tokens] = True
@@ -182,7 +185,13 @@ class Engine:
             if not drawn and self.window > 1 and not batch.flags & columns.ATTENDED:
                 window = max(1, min(self.window, int((batch.ints[columns.ROOM] - batch.ints[columns.STEP])[:batch.size].min()) - 1))
             positions, slots, rows = batch.advance()
-            drawn.append(self._draw(self.cache.forward(self.model, batch.token[:batch.size], positions, slots, rows=rows), 0))
+            hidden, tokens = None, batch.token[:batch.size]
+            if self._decoder is not None:
+                logits = self.cache.logits(self._decoder, tokens, positions, slots, rows)
+            else:
+                hidden = self.cache.forward(self.model, tokens, positions, slots, rows=rows)
+                logits = logits_of(hidden, self._head)
+            drawn.append(self._draw(logits, hidden, 0))
         if drawn:
             self._harvest(0, drawn)
 
