@@ -6,6 +6,7 @@ import torch
 
 from nanorlhf.config import OptimConfig
 from nanorlhf.engine import Engine, Request, SamplingConfig, generate
+from nanorlhf.engine.cache import PagedCache
 from nanorlhf.engine.generate import ragged
 from nanorlhf.model import Model
 from nanorlhf.ops import backend
@@ -152,8 +153,10 @@ def test_looking_at_the_tokens_every_few_steps_changes_nothing(deterministic):
 
 def counted(monkeypatch):
     """How many tokens each forward pass runs."""
-    counts, hidden = [], Model.hidden
-    monkeypatch.setattr(Model, "hidden", lambda self, tokens, *rest: counts.append(len(tokens)) or hidden(self, tokens, *rest))
+    counts = []
+    for owner, name in ((Model, "hidden"), (PagedCache, "logits")):
+        run, at = getattr(owner, name), 1 if name == "logits" else 0
+        monkeypatch.setattr(owner, name, lambda self, *given, run=run, at=at: counts.append(len(given[at])) or run(self, *given))
     return counts
 
 
