@@ -31,6 +31,7 @@ class Batch:
         self._free = list(range(slots))[::-1]
         self._stops: Dict[FrozenSet[int], int] = {}
         self.stop_bits = np.zeros((0, vocab_size), bool)
+        self.attended: List[int] = []  # rows of ATTENDED
         self.changed = True
 
     @property
@@ -133,7 +134,7 @@ class Batch:
         """One more token of every row: positions (B,), slots (B,) and where its keys are."""
         ints = self.ints[:, :self.size]
         ints[:STEP + 1] += 1
-        lengths = self.on_device(ints[LENGTH]).int()
+        lengths = self.on_device(ints[LENGTH].astype(np.int32))
         return self.on_device(ints[POSITION]), self.on_device(ints[SLOT]), Rows(self.own_pages, lengths, self.prefix)
 
     def settings_of(self, low: int, high: int) -> tuple:

@@ -94,11 +94,15 @@ class Engine:
             for request in requests:
                 handles.append(self.submit(request))
             ahead = deque(handles)
+            looked = False  # at the weights, which nobody changes in between but a callback
             while ahead:
                 if ahead[0].completion is not None:
                     ahead.popleft()
-                else:
-                    self.step()
+                    continue
+                if not looked or self.batch.attended:
+                    self._refresh()
+                looked = True
+                self._step()
             return [h.result() for h in handles]
         finally:
             for handle in handles:
@@ -109,10 +113,14 @@ class Engine:
     def step(self) -> bool:
         """Let requests join, and decode one token of each (a few where a GPU is not to be waited for). Returns whether any is left."""
         self._refresh()
+        self._step()
+        return bool(self.waiting or self.batch.size)
+
+    @torch.no_grad()
+    def _step(self) -> None:
         with ops.weights_held(self._casts):
             self._admit()
             self._decode()
-        return bool(self.waiting or self.batch.size)
 
     def _refresh(self) -> None:
         """Forget what was computed under other weights."""
