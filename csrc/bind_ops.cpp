@@ -10,6 +10,10 @@
 #include "kernels.h"
 #include "parallel.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -116,6 +120,17 @@ void paged(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int
 
 void pack(int64_t columns, int64_t depth, int64_t column, int dtype, uintptr_t weight, uintptr_t packed, int num_threads) {
     decode_pack({columns, depth, column, dtype, at<const float>(weight), at<void>(packed)}, num_threads);
+}
+
+// Asks for large pages where whole ones fit: what is read far apart then misses the tables of addresses less often.
+void prefer_large_pages(uintptr_t address, uint64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 2 << 20;
+    const uintptr_t begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
+    if (begin < end) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // a wish: where it is not heard nothing is lost
+#else
+    (void)address, (void)bytes;
+#endif
 }
 
 void check_range(const int64_t* x, int64_t count, int64_t bound, const char* name) {
@@ -284,6 +299,7 @@ void bind_ops(py::module_& m) {
     m.def("attention_decode", &decode, release(), "One query per sequence against a cache: fills out.");
     m.def("attention_paged", &paged, release(), "The same against pages of a pool.");
     m.def("packed_elements", &packed_elements, "Of a packed weight: columns, depth.");
+    m.def("prefer_large_pages", &prefer_large_pages, "Of memory that nobody has written to yet: address, bytes.");
     m.def("decode_pack", &pack, release(), "Rows of a weight to columns of a packed one.");
     m.def("decode_step", &step, release(), "A token of every row through a whole decoder: fills logits, and a slot of every layer's keys and values.");
     m.def("softmax", &softmax, release(), "Row softmax (out = y) or its gradient (x = y, out = dx).");

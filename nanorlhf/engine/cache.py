@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.decode_step import PackedDecoder, why_not
+from ..ops.decode_step import PackedDecoder, far_apart, why_not
 from ..model import Block, Model
 
 
@@ -24,7 +24,7 @@ class PagedCache:
     def __init__(self, model: Model, pages: int, page_size: int):
         c = model.config
         shape = c.layers, pages, page_size, c.kv_heads, c.head_size
-        self.k_pages, self.v_pages = (torch.empty(shape, dtype=model.compute_dtype, device=model.device) for _ in range(2))
+        self.k_pages, self.v_pages = (far_apart(torch.empty(shape, dtype=model.compute_dtype, device=model.device)) for _ in range(2))
         self._layers = [(k, v, k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.k_pages, self.v_pages)]
 
     def forward(self, model: Model, tokens: Tensor, positions: Tensor, slots: Tensor, cu_seqlens: Optional[Tensor] = None,

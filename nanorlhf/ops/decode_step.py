@@ -65,6 +65,13 @@ class PackedDecoder:
         _pack([self.head], self._head)
 
 
+def far_apart(x):
+    """``x``, a new tensor that will be read in small pieces: in large pages where the system has them."""
+    if x.device.type == "cpu":
+        _C.prefer_large_pages(x.data_ptr(), x.nbytes)
+    return x
+
+
 def _pack(weights, packed):
     column = 0
     for w in weights:
