@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..model import Model
+from ..ops import sample
 from . import batch as columns
 from .batch import Batch
 
@@ -28,7 +29,7 @@ def draw(model: Model, logits: Tensor, hidden: Optional[Tensor], batch: Batch, l
         logits = _shaped(raw, batch, low, high)
     mask = batch.mask(low, high) if batch.flags & columns.CONSTRAINED else None
     steps = batch.on_device(batch.ints[columns.STEP, low:high])
-    tokens, logprobs, unfiltered, kept = ops.sample(logits, seed, streams, steps, *others, mask)
+    tokens, logprobs, unfiltered, kept = sample(logits, seed, streams, steps, *others, mask)
     if shaped or batch.flags & (columns.ENTROPY | columns.TOP):
         divisor = batch.on_device(batch.reals[columns.TEMPERATURE, low:high].copy())[:, None].float()
         policy = (raw / divisor.masked_fill(divisor == 0, 1)).log_softmax(-1)
