@@ -10,6 +10,10 @@
 #include "kernels.h"
 #include "parallel.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -73,7 +77,7 @@ DecodeProblem decode_problem(int64_t batch, int64_t heads, int64_t kv_heads, int
 }
 
 // what: "op: expected name in [low, bound = ".
-void check_range(const int32_t* x, int64_t count, int64_t low, int64_t high, const char* what) {
+void check_range(const int32_t* x, int64_t count, int64_t low, int64_t high, const std::string& what) {
     for (int64_t i = 0; i < count; ++i)
         if (x[i] < low || x[i] > high) throw std::invalid_argument(what + std::to_string(high) + "], got " + std::to_string(x[i]));
 }
@@ -91,23 +95,72 @@ void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, in
     attention_decode(p, {}, as_forward, num_threads);
 }
 
+void check_pages(const DecodeProblem& p, const DecodePages& in, const std::string& op) {
+    const auto check = [&](const int32_t* table, const int32_t* filled, int64_t count, int64_t columns, const char* name) {
+        for (int64_t i = 0; i < count; ++i)
+            check_range(table + i * columns, (filled[i] + in.size - 1) / in.size, 0, in.count - 1, op + ": expected " + name + " in [0, P - 1 = ");
+    };
+    check_range(p.lengths, p.batch, 0, in.own_width * in.size, op + ": expected lengths in [0, Pmax * page_size = ");
+    check(in.own, p.lengths, p.batch, in.own_width, "pages");
+    if (!p.owner) return;
+    check_range(in.prefix_lengths, p.prefixes, 0, in.prefix_width * in.size, op + ": expected prefix lengths in [0, Pg * page_size = ");
+    check(in.prefix, in.prefix_lengths, p.prefixes, in.prefix_width, "prefix pages");
+    check_range(p.owner, p.batch, -1, p.prefixes - 1, op + ": expected owner in [-1, G - 1 = ");
+}
+
 void paged(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t page_size, int64_t page_count, int64_t width,
            uintptr_t pages, uintptr_t lengths, float scale, int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes,
            int64_t prefix_width, uintptr_t prefix_pages, uintptr_t prefix_lengths, uintptr_t owner, bool as_forward, int num_threads) {
     const DecodeProblem p = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, q, out, k, v, prefixes, owner);
     const DecodePages in{at<const int32_t>(pages), at<const int32_t>(prefix_pages), at<const int32_t>(prefix_lengths), width,
                          prefix_width, page_size, page_count};
-    const auto check_pages = [&](const int32_t* table, const int32_t* filled, int64_t count, int64_t columns, const char* what) {
-        for (int64_t i = 0; i < count; ++i) check_range(table + i * columns, (filled[i] + page_size - 1) / page_size, 0, page_count - 1, what);
-    };
-    check_range(p.lengths, batch, 0, width * page_size, "attention_paged: expected lengths in [0, Pmax * page_size = ");
-    check_pages(in.own, p.lengths, batch, width, "attention_paged: expected pages in [0, P - 1 = ");
-    if (owner) {
-        check_range(in.prefix_lengths, prefixes, 0, prefix_width * page_size, "attention_paged: expected prefix lengths in [0, Pg * page_size = ");
-        check_pages(in.prefix, in.prefix_lengths, prefixes, prefix_width, "attention_paged: expected prefix pages in [0, P - 1 = ");
-        check_range(p.owner, batch, -1, prefixes - 1, "attention_paged: expected owner in [-1, G - 1 = ");
-    }
+    check_pages(p, in, "attention_paged");
     attention_decode(p, in, as_forward, num_threads);
+}
+
+void pack(int64_t columns, int64_t depth, int64_t column, int dtype, uintptr_t weight, uintptr_t packed, int num_threads) {
+    decode_pack({columns, depth, column, dtype, at<const float>(weight), at<void>(packed)}, num_threads);
+}
+
+// Asks for large pages where whole ones fit: what is read far apart then misses the tables of addresses less often.
+void prefer_large_pages(uintptr_t address, uint64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 2 << 20;
+    const uintptr_t begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
+    if (begin < end) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // a wish: where it is not heard nothing is lost
+#else
+    (void)address, (void)bytes;
+#endif
+}
+
+void check_range(const int64_t* x, int64_t count, int64_t bound, const char* name) {
+    for (int64_t i = 0; i < count; ++i)
+        if (x[i] < 0 || x[i] >= bound)
+            throw std::invalid_argument(std::string("decode_step: expected ") + name + " in [0, " + std::to_string(bound) + "), got " + std::to_string(x[i]));
+}
+
+// shape: layers, hidden, inner, vocabulary, heads, kv_heads, head_dim; weights: embedding, table of layers, norm, head, cosines, sines.
+void step(const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& shape, int dtype, float eps, float scale,
+          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& weights, int64_t context, int64_t batch,
+          uintptr_t tokens, uintptr_t positions, uintptr_t slots, const Cache& k, const Cache& v, int64_t k_layer, int64_t v_layer,
+          int64_t page_size, int64_t page_count, int64_t width, uintptr_t pages, uintptr_t lengths, int64_t prefixes, int64_t prefix_width,
+          uintptr_t prefix_pages, uintptr_t prefix_lengths, uintptr_t owner, uintptr_t logits, int num_threads) {
+    const auto& [layers, hidden, inner, vocabulary, heads, kv_heads, head_dim] = shape;
+    const auto& [embedding, table, norm, head, cosines, sines] = weights;
+    DecodeStep s{};
+    s.rows = batch, s.layers = layers, s.hidden = hidden, s.inner = inner, s.vocabulary = vocabulary, s.dtype = dtype, s.eps = eps;
+    s.embedding = at<const float>(embedding), s.layer = at<const DecodeLayer>(table), s.norm = at<const float>(norm);
+    s.head = at<const void>(head), s.cosines = at<const float>(cosines), s.sines = at<const float>(sines);
+    s.tokens = at<const int64_t>(tokens), s.positions = at<const int64_t>(positions), s.slots = at<const int64_t>(slots);
+    s.attention = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, {}, {}, k, v, prefixes, owner);
+    s.pages = {at<const int32_t>(pages), at<const int32_t>(prefix_pages), at<const int32_t>(prefix_lengths), width, prefix_width, page_size,
+               page_count};
+    s.k_layer = k_layer, s.v_layer = v_layer, s.logits = at<float>(logits);
+    check_range(s.tokens, batch, vocabulary, "tokens");
+    check_range(s.positions, batch, context, "positions");
+    check_range(s.slots, batch, page_count * page_size, "slots");
+    check_pages(s.attention, s.pages, "decode_step");
+    decode_step(s, num_threads);
 }
 
 void softmax(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t dy,
@@ -245,6 +298,10 @@ void bind_ops(py::module_& m) {
     m.def("attention_backward", &backward, release(), "Fills dq, dk and dv.");
     m.def("attention_decode", &decode, release(), "One query per sequence against a cache: fills out.");
     m.def("attention_paged", &paged, release(), "The same against pages of a pool.");
+    m.def("packed_elements", &packed_elements, "Of a packed weight: columns, depth.");
+    m.def("prefer_large_pages", &prefer_large_pages, "Of memory that nobody has written to yet: address, bytes.");
+    m.def("decode_pack", &pack, release(), "Rows of a weight to columns of a packed one.");
+    m.def("decode_step", &step, release(), "A token of every row through a whole decoder: fills logits, and a slot of every layer's keys and values.");
     m.def("softmax", &softmax, release(), "Row softmax (out = y) or its gradient (x = y, out = dx).");
     m.def("loss", &loss, release(), "Fills logprob, entropy and lse, or overwrites logits with their gradient.");
     m.def("has_head", &has_head, "Whether this CPU has `head`.");

@@ -7,7 +7,7 @@ import torch
 from nanorlhf import ops
 from nanorlhf.engine import Request, SamplingConfig
 from nanorlhf.engine.batch import Batch
-from nanorlhf.engine.draw import draw
+from nanorlhf.engine.draw import draw, logits_of
 from nanorlhf.engine.request import Handle
 from nanorlhf.ops import backend
 from tiny import model
@@ -25,7 +25,7 @@ def test_each_row_draws_by_its_own_settings(fixed):
         for i, config in enumerate(CONFIGS):
             batch.join(Handle(Request([4, 5], 3, config, 1, i), 3, None), np.array([i], np.int32), 2)
         batch.compose()
-        tokens, marks, top = draw(net, net.head_weight.detach(), hidden, batch, 0)
+        tokens, marks, top = draw(net, logits_of(hidden, net.head_weight.detach()), hidden, batch, 0)
         assert top is None and marks.shape == (3, 5)
         logits = hidden.double() @ net.head_weight.double().T
         temperature = [1, 1, 0.7, 1, 1]
@@ -36,7 +36,7 @@ def test_each_row_draws_by_its_own_settings(fixed):
         for i in (0, 2):
             trained = ops.token_logprobs(hidden[i:i + 1], net.head_weight, tokens[i:i + 1], temperature[i])[0]
             assert float(marks[0, i]) == (float(trained) if fixed else pytest.approx(float(trained), abs=1e-5))
-        alone = draw(net, net.head_weight.detach(), hidden[3:], batch, 3)
+        alone = draw(net, logits_of(hidden[3:], net.head_weight.detach()), hidden[3:], batch, 3)
         assert alone[0].tolist() == tokens[3:].tolist()
     finally:
         backend.deterministic(before)

@@ -6,6 +6,7 @@ import torch
 
 from nanorlhf.config import OptimConfig
 from nanorlhf.engine import Engine, Request, SamplingConfig, generate
+from nanorlhf.engine.cache import PagedCache
 from nanorlhf.engine.generate import ragged
 from nanorlhf.model import Model
 from nanorlhf.ops import backend
@@ -152,8 +153,10 @@ def test_looking_at_the_tokens_every_few_steps_changes_nothing(deterministic):
 
 def counted(monkeypatch):
     """How many tokens each forward pass runs."""
-    counts, hidden = [], Model.hidden
-    monkeypatch.setattr(Model, "hidden", lambda self, tokens, *rest: counts.append(len(tokens)) or hidden(self, tokens, *rest))
+    counts = []
+    for owner, name in ((Model, "hidden"), (PagedCache, "logits")):
+        run, at = getattr(owner, name), 1 if name == "logits" else 0
+        monkeypatch.setattr(owner, name, lambda self, *given, run=run, at=at: counts.append(len(given[at])) or run(self, *given))
     return counts
 
 
@@ -284,7 +287,7 @@ def test_an_error_of_one_request_ends_it_alone():
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_pass_that_fails_leaves_the_engine_as_it_was(monkeypatch, window):
     """In the model and, because its states are no numbers, in the draw; each time a pass later."""
-    net, hidden, prompt = model(1), Model.hidden, [1, 2, 3, 4, 5, 6]
+    net, prompt, passes = model(1), [1, 2, 3, 4, 5, 6], [(Model, "hidden"), (PagedCache, "logits")]
     engine, expected = Engine(net, page_size=4), generate(net, [prompt, prompt[::-1]], 15, 2)
     engine.window = window
     handles = [engine.submit(Request(p, 15, stream=i)) for i, p in enumerate((prompt, prompt, prompt[::-1], prompt[::-1]))]
@@ -292,13 +295,14 @@ def test_a_pass_that_fails_leaves_the_engine_as_it_was(monkeypatch, window):
         for error, broken in ((ZeroDivisionError, lambda: 1 / 0), (ValueError, lambda: torch.nan)):
             calls = []
 
-            def failing(self, *args):
+            def failing(self, *args, run):
                 calls.append(0)
-                out = hidden(self, *args)
+                out = run(self, *args)
                 return out if len(calls) <= good else out * broken()
 
             with monkeypatch.context() as patch:
-                patch.setattr(Model, "hidden", failing)
+                for owner, name in passes:
+                    patch.setattr(owner, name, lambda self, *args, run=getattr(owner, name): failing(self, *args, run=run))
                 with pytest.raises(error):
                     while engine.step():
                         pass

@@ -30,6 +30,7 @@ class Batch:
         self._free = list(range(slots))[::-1]
         self._stops: Dict[FrozenSet[int], int] = {}
         self.stop_bits = np.zeros((0, vocab_size), bool)
+        self.attended: List[int] = []  # rows of ATTENDED
         self.changed, self._sampler = True, None
 
     @property
@@ -122,7 +123,7 @@ class Batch:
         """One more token of every row: positions (B,), slots (B,) and where its keys are."""
         ints = self.ints[:, :self.size]
         ints[:STEP + 1] += 1
-        lengths = self.on_device(ints[LENGTH]).int()
+        lengths = self.on_device(ints[LENGTH].astype(np.int32))
         return self.on_device(ints[POSITION]), self.on_device(ints[SLOT]), Rows(self.own_pages, lengths, self.prefix)
 
     def sampler_from(self, low: int) -> Tuple[Sampler, Tensor]:

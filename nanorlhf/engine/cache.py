@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..model import Model
+from ..ops.decode_step import PackedDecoder, far_apart, why_not
+from ..model import Block, Model
 
 
 class Rows(NamedTuple):
@@ -23,7 +24,7 @@ class PagedCache:
     def __init__(self, model: Model, pages: int, page_size: int):
         c = model.config
         shape = c.layers, pages, page_size, c.kv_heads, c.head_size
-        self.k_pages, self.v_pages = (torch.empty(shape, dtype=model.compute_dtype, device=model.device) for _ in range(2))
+        self.k_pages, self.v_pages = (far_apart(torch.empty(shape, dtype=model.compute_dtype, device=model.device)) for _ in range(2))
         self._layers = [(k, v, k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.k_pages, self.v_pages)]
 
     def forward(self, model: Model, tokens: Tensor, positions: Tensor, slots: Tensor, cu_seqlens: Optional[Tensor] = None,
@@ -50,7 +51,28 @@ class PagedCache:
 
         return model.hidden(tokens, positions, attend)
 
+    def logits(self, decoder: PackedDecoder, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Rows) -> Tensor:
+        """(N, V): the same for one token of each row, in one call, and the product with the output matrix."""
+        return ops.decode_step(decoder, tokens, positions, slots, self.k_pages, self.v_pages, rows.pages, rows.lengths, rows.prefix)
+
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Whole pages (k,) int64 to others."""
         for pages in (self.k_pages, self.v_pages):
             pages[:, targets] = pages[:, sources]
+
+
+def packed_decoder(model: Model) -> Optional[PackedDecoder]:
+    """The model's weights for ``PagedCache.logits``; None where it has to go layer by layer, by ``forward``."""
+    c, weights = model.config, [w.detach() for w in model.parameters()]
+    if c.variant != "llama" or why_not(model.compute_dtype, weights, c.head_size) is not None:
+        return None
+
+    def named(block: Block) -> dict:
+        a, m = block.self_attn, block.mlp
+        modules = {"input_norm": block.input_layernorm, "q": a.q_proj, "k": a.k_proj, "v": a.v_proj, "q_norm": a.q_norm, "k_norm": a.k_norm,
+                   "o": a.o_proj, "post_norm": block.post_attention_layernorm, "gate": m.gate_proj, "up": m.up_proj, "down": m.down_proj}
+        return {name: None if module is None else module.weight.detach() for name, module in modules.items()}
+
+    decoder = model.model
+    return PackedDecoder([named(b) for b in decoder.layers], decoder.embed_tokens.weight.detach(), decoder.norm.weight.detach(),
+                         model.head_weight.detach(), c.head_size, c.context, c.norm_eps, c.rope_base, model.compute_dtype)

@@ -1,4 +1,4 @@
-"""From hidden states to the next token of each row, with what is reported about it."""
+"""From logits to the next token of each row, with what is reported about it."""
 
 from typing import Optional, Tuple
 
@@ -11,12 +11,15 @@ from .batch import CONSTRAINED, ENTROPY, FLAGS, STEP, TOP, Batch
 from .sample import Sampler, entropy, top_logprobs
 
 
-def draw(model: Model, head: Tensor, hidden: Tensor, batch: Batch, low: int) -> Tuple[Tensor, Tensor, Optional[tuple]]:
-    """The next tokens of the rows from ``low`` on, of hidden states (R, C): tokens (R,); marks (M, R) fp32, which are log-probs under
-    what was drawn from, unfiltered ones, kept mass and, if a row asks for it, entropy; and the most probable tokens, if a row asks
+def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+    """(R, V) fp32, as training's are, of hidden states (R, C); head: (V, C) in their type where deterministic is on, else in fp32."""
+    return ops.matmul(hidden, head, dtype=torch.float32) if ops.backend.is_deterministic() else hidden.float() @ head.T
+
+
+def draw(model: Model, logits: Tensor, hidden: Optional[Tensor], batch: Batch, low: int) -> Tuple[Tensor, Tensor, Optional[tuple]]:
+    """The next tokens of the rows from ``low`` on, of logits (R, V) and, where deterministic is on, hidden states (R, C): tokens (R,);
+    marks (M, R) fp32, which are log-probs under what was drawn from, unfiltered ones, kept mass and, if a row asks for it, entropy; and the most probable tokens, if a row asks
     for them, (ids, log-probs) (R, k). The latter two are of softmax(logits / temperature), and at temperature 0 of softmax(logits)."""
-    fixed = ops.backend.is_deterministic()
-    logits = ops.matmul(hidden, head, dtype=torch.float32) if fixed else hidden.float() @ head.T  # fp32, as training's are
     sampler, streams = batch.sampler_from(low)
     steps, more, top = batch.on_device(batch.ints[STEP, low:batch.size]), [], None
     if batch.flags & (ENTROPY | TOP):
@@ -28,7 +31,7 @@ def draw(model: Model, head: Tensor, hidden: Tensor, batch: Batch, low: int) -> 
             most = max(h.request.top_logprobs for h in batch.handles[low:])
             top = top_logprobs(logits, min(most, batch.vocab_size), temperature=policy) if most else None
     drawn = sampler.draw(logits, streams, steps, batch.mask(low) if batch.flags & CONSTRAINED else None)
-    if fixed:
+    if ops.backend.is_deterministic():
         _as_trained(model, hidden, batch, low, sampler, drawn)
     return drawn.tokens, torch.stack((drawn.logprobs, drawn.unfiltered, drawn.kept, *more)), top
 

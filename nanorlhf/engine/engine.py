@@ -6,7 +6,7 @@ recomputation).
 """
 
 from collections import deque
-from typing import Deque, List, Optional, Sequence
+from typing import Deque, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from ..model import Model
 from ..tokenizer import Tokenizer
 from . import batch as columns
 from .batch import Batch
-from .cache import PagedCache
-from .draw import draw
+from .cache import PagedCache, Rows, packed_decoder
+from .draw import draw, logits_of
 from .pages import PagePool, PrefixTree
 from .prefill import Plan, Prefill, plan_next
 from .request import Completion, Handle, Request
@@ -105,11 +105,15 @@ class Engine:
             for request in requests:
                 handles.append(self.submit(request))
             ahead = deque(handles)
+            looked = False  # at the weights, which nobody changes in between but a callback
             while ahead:
                 if ahead[0].completion is not None:
                     ahead.popleft()
-                else:
-                    self.step()
+                    continue
+                if not looked or self.batch.attended:
+                    self._refresh()
+                looked = True
+                self._step()
             return [h.result() for h in handles]
         finally:
             for handle in handles:
@@ -120,10 +124,14 @@ class Engine:
     def step(self) -> bool:
         """Let requests join, and decode one token of each (a few where a GPU is not to be waited for). Returns whether any is left."""
         self._refresh()
+        self._step()
+        return bool(self.waiting or self.batch.size)
+
+    @torch.no_grad()
+    def _step(self) -> None:
         with ops.weights_held(self._casts):
             self._admit()
             self._decode()
-        return bool(self.waiting or self.batch.size)
 
     def _refresh(self) -> None:
         """Forget what was computed under other weights."""
@@ -135,6 +143,10 @@ class Engine:
         self.tree.clear()
         if self._known is None or known[1:3] != self._known[1:3]:
             self.cache, self.batch = PagedCache(self.model, self.pool.count, self.pool.size), self._new_batch(self.batch.slots)
+        if self._known is None or known[1:] != self._known[1:]:
+            self._decoder = packed_decoder(self.model)
+        elif self._decoder is not None:
+            self._decoder.pack()
         self._known, self._crowded = known, False
         self._casts.clear()
         weight = self.model.head_weight.detach().to(self.model.compute_dtype)
@@ -158,7 +170,7 @@ class Engine:
                     for handle, pages in zip(plan.handles, plan.tables):
                         self.batch.join(handle, pages, len(plan.context))
                 self.batch.compose()
-                drawn = self._draw(hidden, low)
+                drawn = self._draw(logits_of(hidden, self._head), hidden, low)
             except BaseException:
                 self._undo(plans, low)
                 raise
@@ -180,11 +192,18 @@ class Engine:
             self.cache.copy(*p.copies)
         return hidden
 
-    def _draw(self, hidden: Tensor, low: int):
+    def _draw(self, logits: Tensor, hidden: Optional[Tensor], low: int):
         batch = self.batch
-        tokens, marks, top = draw(self.model, self._head, hidden, batch, low)
+        tokens, marks, top = draw(self.model, logits, hidden, batch, low)
         batch.token[low:batch.size] = tokens
         return tokens, marks, top
+
+    def _run_rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Rows) -> Tuple[Tensor, Optional[Tensor]]:
+        """A token of every row: logits (B, V), and the hidden states (B, C) where they are at hand."""
+        if self._decoder is not None:
+            return self.cache.logits(self._decoder, tokens, positions, slots, rows), None
+        hidden = self.cache.forward(self.model, tokens, positions, slots, rows=rows)
+        return logits_of(hidden, self._head), hidden
 
     def _decode(self) -> None:
         drawn, window = [], 1
@@ -197,7 +216,7 @@ class Engine:
                 window = max(1, min(self.window, int((batch.ints[columns.ROOM] - batch.ints[columns.STEP])[:batch.size].min()) - 1))
             positions, slots, rows = batch.advance()
             try:
-                drawn.append(self._draw(self.cache.forward(self.model, batch.token[:batch.size], positions, slots, rows=rows), 0))
+                drawn.append(self._draw(*self._run_rows(batch.token[:batch.size], positions, slots, rows), 0))
             except BaseException:  # the step never was
                 batch.ints[:columns.STEP + 1, :batch.size] -= 1
                 if drawn:

@@ -60,8 +60,9 @@ def sample(logits, seed, requests, steps, temperature=1.0, top_k=0, top_p=1.0, m
             raise ValueError(f"sample: expected {name} of shape ({len(logits)},) in int64, got {tuple(x.shape)} in {x.dtype}")
     if mask is not None:
         _expect("mask", mask, (len(logits), (logits.shape[1] + 31) // 32), torch.int32, logits.device)
-    run = _sample_op if backend.use_native("sample", logits) else _reference_of_all
-    return run(logits.detach(), _signed(seed), requests, steps, temperature, top_k, top_p, min_p, own, mask)
+    # Called directly, it does not pass torch's dispatcher, which for one row takes longer than the row.
+    native = _sample_op if torch.compiler.is_compiling() else _sample
+    return (native if backend.use_native("sample", logits) else _reference_of_all)(logits.detach(), _signed(seed), requests, steps, temperature, top_k, top_p, min_p, own, mask)
 
 
 def check_sampling(temperature, top_k, top_p, min_p, where=""):
