@@ -132,7 +132,9 @@ def _sample(place):
         for dtype in (F32, BF16):
             logits, requests, steps = (3 * place.randn(B, V)).to(dtype), place.randint(9999, B), place.randint(99, B, seed=1)
             several = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
-            for settings in ({}, {"temperature": 0.0}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}, several):
+            own = {"temperature": place.randint(4, B).double() / 2, "top_k": place.randint(60, B, seed=1)}
+            mask = place.randint(2**31, B, (V + 31) // 32).int() | 1
+            for settings in ({}, {"temperature": 0.0}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}, several, {"mask": mask, **own}):
                 with poisoned():
                     tokens, *ours = ops.sample(logits, 5, requests, steps, **settings)
                 expected, *exact = sample_reference(logits.double(), 5, requests, steps, **settings)

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t QUERIES_PER_TASK = 256;  // packing keys and values costs little beside this many queries
 constexpr int64_t TASKS_PER_THREAD = 4;    // with so many no thread waits long for the last one
+constexpr int64_t WORTH_THREADS = 65536;   // elements of keys, for each query: about the cost of waking threads
 
 int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -41,7 +42,9 @@ void run(const std::vector<AttentionTask>& tasks, Kernel kernel, int64_t scratch
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), tasks.size()));
     Scratch scratch(threads, scratch_floats);
     const int64_t count = static_cast<int64_t>(tasks.size());
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    int64_t work = 0;
+    for (const AttentionTask& t : tasks) work += (t.query_end - t.query_begin) * t.length * t.problem->head_dim;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > WORTH_THREADS)
     for (int64_t i = 0; i < count; ++i) kernel(tasks[i], scratch.slice(omp_get_thread_num()));
 }
 
@@ -49,22 +52,6 @@ int64_t longest(const AttentionProblem& p) {
     int64_t length = 0;
     for (int64_t b = 0; b < p.batch; ++b) length = std::max<int64_t>(length, p.cu_seqlens[b + 1] - p.cu_seqlens[b]);
     return padded(length);
-}
-
-// The heads that share keys are the queries of one tile; a query's place in its tile changes nothing.
-void decode_as_forward(const DecodeProblem& p, int64_t sequence, int64_t kv_head, float* scratch) {
-    const int64_t group = p.heads / p.kv_heads, first = kv_head * group, size = p.dtype == FLOAT32 ? 4 : 2;
-    const auto at = [&](const void* data, int64_t element) { return static_cast<char*>(const_cast<void*>(data)) + element * size; };
-    const auto row = [&](const Rows& x) {
-        return Rows{at(x.data, sequence * x.token_stride + first * x.head_stride), x.head_stride, 0};
-    };
-    std::vector<double> lse(static_cast<size_t>(group));  // not wanted
-    AttentionProblem one{};
-    one.heads = one.kv_heads = 1, one.head_dim = p.head_dim, one.scale = p.scale, one.dtype = p.dtype, one.lse = lse.data();
-    one.q = row(p.q), one.out = row(p.out);
-    one.k = {at(p.k, sequence * p.k_batch + kv_head * p.k_head), p.k_token, 0};
-    one.v = {at(p.v, sequence * p.v_batch + kv_head * p.v_head), p.v_token, 0};
-    kernels().attention_forward({&one, 0, p.lengths[sequence], 0, 0, group}, scratch);
 }
 
 }  // namespace
@@ -77,58 +64,4 @@ void attention_forward(const AttentionProblem& p, int num_threads) {
 void attention_backward(const AttentionProblem& p, int num_threads) {
     run(tasks_of(p, num_threads, true), kernels().attention_backward,
         attention_backward_scratch(longest(p), padded(p.head_dim)), num_threads);
-}
-
-void attention_decode(const DecodeProblem& given, bool as_forward, int num_threads) {
-    DecodeProblem p = given;
-    const int64_t group = p.heads / p.kv_heads, width = padded(p.head_dim), size = p.dtype == FLOAT32 ? 4 : 2;
-    std::vector<PrefixParts> of(p.prefixes, PrefixParts{0, 0, 0}), parts(p.batch, PrefixParts{0, 0, 0});
-    for (int64_t b = 0; p.prefixes && b < p.batch; ++b) of[p.owner[b]].step += group;
-    int64_t rows = 0, splits = 0, longest = 0;
-    for (int64_t i = 0; i < p.prefixes; ++i) {
-        of[i].row = rows, of[i].count = of[i].step ? (p.prefix_bounds[i + 1] - p.prefix_bounds[i] + PREFIX_KEYS - 1) / PREFIX_KEYS : 0;
-        rows += of[i].count * of[i].step, splits += of[i].count;
-    }
-    // Queries lie like what becomes of them, (rows, kv_heads, D): a prefix's in the rows of its first part.
-    Scratch packed(1, rows * p.kv_heads * p.head_dim), part_out(1, rows * p.kv_heads * width);
-    std::vector<double> part_lse(rows * p.kv_heads);
-    std::vector<AttentionProblem> problems;
-    std::vector<AttentionTask> tasks;
-    problems.reserve(splits);
-    const auto shifted = [&](Rows x, int64_t tokens) {
-        x.data = static_cast<char*>(x.data) + tokens * x.token_stride * size;
-        return x;
-    };
-    const Rows q{packed.slice(0), p.kv_heads * p.head_dim, p.head_dim};
-    for (int64_t i = 0; i < p.prefixes; ++i)
-        for (int64_t part = 0; part < of[i].count; ++part) {
-            const int64_t begin = p.prefix_bounds[i] + part * PREFIX_KEYS, row = (of[i].row + part * of[i].step) * p.kv_heads;
-            AttentionProblem problem{};
-            problem.heads = problem.kv_heads = p.kv_heads, problem.head_dim = p.head_dim;
-            problem.scale = p.scale, problem.dtype = p.dtype, problem.wide = true;
-            problem.q = shifted(q, of[i].row), problem.k = shifted(p.prefix_k, begin), problem.v = shifted(p.prefix_v, begin);
-            problem.out = {part_out.slice(0) + row * width, p.kv_heads * width, width}, problem.lse = part_lse.data() + row;
-            problems.push_back(problem);
-            for (int64_t head = 0; head < p.kv_heads; ++head)
-                tasks.push_back({&problems.back(), 0, std::min<int64_t>(PREFIX_KEYS, p.prefix_bounds[i + 1] - begin), head, 0, of[i].step});
-        }
-    std::vector<PrefixParts> next = of;
-    for (int64_t b = 0; b < p.batch; ++b) {
-        longest = std::max<int64_t>(longest, p.lengths[b]);
-        if (!p.prefixes || !of[p.owner[b]].count) continue;
-        parts[b] = next[p.owner[b]], next[p.owner[b]].row += group;
-        for (int64_t h = 0; h < p.heads; ++h)
-            std::memcpy(static_cast<char*>(q.data) + ((parts[b].row + h % group) * p.kv_heads + h / group) * p.head_dim * size,
-                        static_cast<char*>(p.q.data) + (b * p.q.token_stride + h * p.q.head_stride) * size, p.head_dim * size);
-    }
-    run(tasks, kernels().attention_prefix, attention_forward_scratch(PREFIX_KEYS, width), num_threads);
-    p.parts = parts.data(), p.part_out = part_out.slice(0), p.part_lse = part_lse.data();
-    const int64_t count = p.batch * p.kv_heads;
-    const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), std::max<int64_t>(count, 1)));
-    Scratch scratch(threads, as_forward ? attention_forward_scratch(padded(longest), width) : attention_decode_scratch(padded(longest), width, group));
-    const Kernels& table = kernels();
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count * longest * p.head_dim > 65536)
-    for (int64_t i = 0; i < count; ++i)
-        (as_forward && p.lengths[i / p.kv_heads] ? decode_as_forward : table.attention_decode)(
-            p, i / p.kv_heads, i % p.kv_heads, scratch.slice(omp_get_thread_num()));
 }

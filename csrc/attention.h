@@ -11,6 +11,12 @@ struct Rows {  // (N, heads, D)
     int64_t token_stride, head_stride;
 };
 
+// Tokens whose keys and values lie one after another: the elements, counted from where an array of them begins, at which the first
+// token's key and value are, and how many tokens there are.
+struct KeyRun {
+    int64_t k, v, count;
+};
+
 struct AttentionProblem {
     const int32_t* cu_seqlens;  // (batch + 1,)
     int64_t batch, heads, kv_heads, head_dim;
@@ -23,6 +29,7 @@ struct AttentionProblem {
     // normaliser of a whole row, two bits.
     double* lse;
     Rows dout, dq, dk, dv;  // backward only; out and lse are then inputs
+    const KeyRun* runs;     // forward on the CPU: if not null, the keys of a sequence that begins at token 0 lie in these
 };
 
 struct AttentionTask {
@@ -40,22 +47,35 @@ struct PrefixParts {
     int64_t row, step, count;
 };
 
+struct KeySpan {
+    int64_t first, length;  // of its runs; tokens in them
+};
+
 struct DecodeProblem {
     int64_t batch, heads, kv_heads, head_dim;
     const int32_t* lengths;  // (batch,), at least 0; a sequence without keys gets zeros
     float scale;
     int dtype;
     Rows q, out;                                        // (batch, heads, D)
-    const void *k, *v;                                  // (batch, Tmax, kv_heads, D)
-    int64_t k_batch, k_token, k_head, v_batch, v_token, v_head;  // strides
+    const void *k, *v;                                  // (batch, Tmax, kv_heads, D), or pages of a pool
+    int64_t k_batch, k_token, k_head, v_batch, v_token, v_head;  // strides; from page to page those of the batch
     // Sequence b sees the keys of prefix owner[b] before its own; ragged like AttentionProblem's sequences.
     int64_t prefixes;
     const int32_t *prefix_bounds, *owner;  // (prefixes + 1,), (batch,)
     Rows prefix_k, prefix_v;
-    // Filled on the way: (batch,), (rows, kv_heads, D padded to 16), (rows, kv_heads).
+    // Filled on the way on the CPU: all runs, those of each sequence; (batch,), (rows, kv_heads, D padded to 16), (rows, kv_heads).
+    const KeyRun* runs;
+    const KeySpan* spans;
     const PrefixParts* parts;
     const float* part_out;
     const double* part_lse;
+};
+
+// Keys and values in pages of `size` tokens, a pool of `count` of them: sequence b's are row b of `own`, (batch, own_width). Prefixes
+// lie in the same pool: their pages, (prefixes, prefix_width), and lengths; an owner of -1 is none. own = nullptr: none of this.
+struct DecodePages {
+    const int32_t *own, *prefix, *prefix_lengths;
+    int64_t own_width, prefix_width, size, count;
 };
 
 // Floats of scratch that one task needs; both arguments are multiples of 16.
@@ -78,4 +98,5 @@ constexpr int64_t attention_backward_scratch(int64_t length, int64_t dim) {
 void attention_forward(const AttentionProblem& problem, int num_threads);
 void attention_backward(const AttentionProblem& problem, int num_threads);
 // as_forward: with the bits that attention_forward gives a sequence's last query, by its kernel; slower.
-void attention_decode(const DecodeProblem& problem, bool as_forward, int num_threads);
+// In pages a sequence's keys are then its prefix's and its own; elsewhere it has to have no prefix.
+void attention_decode(const DecodeProblem& problem, const DecodePages& pages, bool as_forward, int num_threads);

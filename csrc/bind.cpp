@@ -7,6 +7,7 @@ namespace py = pybind11;
 
 void bind_tokenizer(py::module_& m);
 void bind_ops(py::module_& m);
+void bind_token_mask(py::module_& m);
 
 // Large activations come and go every step. By default glibc maps each one afresh and the kernel zeroes its pages
 // again, which costs a CPU training step up to half of its time; kept blocks are reused instead.
@@ -19,9 +20,10 @@ static bool keep_freed_memory() {
 }
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Native code of nanorlhf: byte-level BPE and the CPU kernels.";
+    m.doc() = "Native code of nanorlhf: byte-level BPE, the CPU kernels and constrained output.";
     m.def("keep_freed_memory", &keep_freed_memory,
           "Let malloc keep large freed blocks for reuse. Returns whether the C library took the setting.");
     bind_tokenizer(m);
     bind_ops(m);
+    bind_token_mask(m);
 }

@@ -29,13 +29,18 @@ double update(int kind, int dtype, uintptr_t spans, int64_t count, double scale,
     return 0;
 }
 
+// own: what rows have of their own of seed, temperature, top_k, top_p and min_p, addresses or 0.
+using Own = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
 void draw(int64_t row_count, int64_t columns, int64_t stride, int dtype, uintptr_t logits, int64_t seed, uintptr_t requests,
-            uintptr_t steps, double temperature, int64_t top_k, double top_p, double min_p, uintptr_t tokens, uintptr_t logprob,
-            uintptr_t unfiltered, const Lane& lane) {
+          uintptr_t steps, double temperature, int64_t top_k, double top_p, double min_p, const Own& own, uintptr_t mask,
+          int64_t mask_stride, uintptr_t tokens, uintptr_t logprob, uintptr_t unfiltered, uintptr_t kept, const Lane& lane) {
     const OnDevice on(lane);
-    gpu::sample({row_count, columns, stride, dtype, at<const void>(logits), static_cast<uint64_t>(seed), at<const int64_t>(requests),
-                 at<const int64_t>(steps), temperature, top_k, top_p, min_p, at<int64_t>(tokens), at<float>(logprob),
-                 at<float>(unfiltered)},
+    gpu::sample({row_count, columns, stride, dtype, at<const void>(logits), at<const int64_t>(requests), at<const int64_t>(steps),
+                 {static_cast<uint64_t>(seed), temperature, top_k, top_p, min_p}, at<const int64_t>(std::get<0>(own)),
+                 at<const int64_t>(std::get<2>(own)), at<const double>(std::get<1>(own)), at<const double>(std::get<3>(own)),
+                 at<const double>(std::get<4>(own)), at<const uint32_t>(mask), mask_stride, at<int64_t>(tokens), at<float>(logprob),
+                 at<float>(unfiltered), at<float>(kept)},
                 workspace_of(lane, gpu::sample_workspace(row_count, columns), "sample"), stream_of(lane));
 }
 
@@ -54,7 +59,7 @@ void bind_cuda_scans(py::module_& m) {
     m.def("ppo_loss_workspace", &gpu::ppo_loss_workspace, "tokens -> bytes");
     m.def("optim", &update, release(), "One pass over a table on the device; a sum of squares is left at the start of the workspace.");
     m.def("optim_workspace", [](int64_t) { return gpu::optim_workspace(); }, "number of spans -> bytes");
-    m.def("sample", &draw, release(), "A token a row, -1 where it is no distribution: fills tokens and its two log-probabilities.");
+    m.def("sample", &draw, release(), "A token a row, -1 where there is nothing to draw: fills tokens, its two log-probabilities, the mask's share.");
     m.def("sample_workspace", &gpu::sample_workspace, "rows, columns -> bytes");
     m.def("matmul", &product, release(), "x w^T + bias with one order of summation: fills out.");
 }

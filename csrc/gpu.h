@@ -57,13 +57,6 @@ void sample(const SampleProblem& problem, void* workspace, cudaStream_t stream);
 void matmul(const MatmulProblem& problem, cudaStream_t stream);
 
 // Decode (bind_cuda_decode.cpp).
-// Keys and values in pages of `size` tokens, a pool of `count` of them: DecodeProblem's k and v, whose batch strides are then the
-// pages', and sequence b's are row b of `own`, (batch, own_width). Prefixes lie in the same pool: their pages, (prefixes,
-// prefix_width), and lengths; an owner of -1 is none. own = nullptr: none of this.
-struct DecodePages {
-    const int32_t *own, *prefix, *prefix_lengths;
-    int64_t own_width, prefix_width, size, count;
-};
 // capacity: the most keys of a sequence's own; prefix_tokens: of all prefixes together, or of the longest one in pages.
 int64_t attention_decode_workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity,
                                    int64_t prefixes, int64_t prefix_tokens);

@@ -8,6 +8,7 @@
 #endif
 
 #include "attention.h"
+#include "decode_step.h"
 #include "embedding.h"
 #include "gae.h"
 #include "head.h"
@@ -50,6 +51,9 @@ struct Kernels {
     void (*embedding_forward)(const EmbeddingProblem& problem, int64_t begin, int64_t end);
     void (*embedding_backward)(const EmbeddingProblem& problem, int64_t begin, int64_t end);
     void (*matmul)(const MatmulProblem& problem, const MatmulTask& task, float* scratch);
+    void (*decode_pack)(const PackProblem& problem, int64_t begin, int64_t end);
+    // At most PRODUCT_ROWS rows; columns from a multiple of PRODUCT_COLUMNS on.
+    void (*decode_product)(const PackedProduct& problem, int64_t row, int64_t row_end, int64_t column, int64_t column_end);
     // Null where there are no products of bf16.
     void (*head_forward)(const HeadProblem& problem, int64_t begin, int64_t end, float* scratch);
     HeadRows (*head_pack)(const HeadProblem& problem, uint16_t* memory);

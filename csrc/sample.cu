@@ -14,16 +14,24 @@ constexpr int FEW = 256;  // elements among which the least one kept is looked f
 
 // --- one row -------------------------------------------------------------------------------------------------------------------
 
-template <class T>
+template <class T, bool MASKED>
 struct Row {
     const T* x;
+    const uint32_t* mask;
     int columns, blocks;
-    float maximum, inverse;
-    float *peaks, *sums;  // of each block the largest of each lane's elements; the sum of its weights
+    float inverse, best, one;      // best: the largest that the mask allows, whose weight is 1; one: sample.h, SAMPLE_NEAR
+    float *peaks, *sums, *wholes;  // of each block: each lane's largest; the sum of its weights; MASKED, of all e^((x - one) / T)
 
-    DEVICE float at(int i) const { return i < columns ? to_float(x[i]) : -INFINITY; }
-    DEVICE float weight(float value) const {  // e^((value - maximum) / T), NaN for NaN and beside a maximum that is no number
-        const float z = __fmul_rn(__fsub_rn(value, maximum), inverse), y = z < -87.f ? -87.f : z;
+    DEVICE float any(int i) const { return i < columns ? to_float(x[i]) : -INFINITY; }
+    DEVICE bool allows(int i) const { return !MASKED || (i < columns && (mask[i / 32] >> (i % 32) & 1)); }
+    DEVICE float at(int i) const { return allows(i) ? any(i) : -INFINITY; }
+    DEVICE void measure(float maximum, float allowed) {
+        best = allowed;
+        one = !MASKED || __fmul_rn(__fsub_rn(maximum, best), inverse) <= SAMPLE_NEAR ? best : maximum;
+    }
+    DEVICE float weight(float value) const { return weight(value, best); }
+    DEVICE float weight(float value, float shift) const {  // e^((value - shift) / T), NaN for NaN and beside what is no number
+        const float z = __fmul_rn(__fsub_rn(value, shift), inverse), y = z < -87.f ? -87.f : z;
         const float shifted = __fadd_rn(__fmul_rn(y, LOG2E), 12582912.f), whole = __fsub_rn(shifted, 12582912.f);
         const float r = __fadd_rn(__fsub_rn(y, __fmul_rn(whole, 0.693359375f)), __fmul_rn(whole, 2.12194440e-4f));
         float q = __fadd_rn(0.0083631733f, __fmul_rn(r, 0.0013926176f));
@@ -32,7 +40,7 @@ struct Row {
         q = __fadd_rn(0.5f, __fmul_rn(r, q));
         const float p = __fadd_rn(1.f, __fadd_rn(r, __fmul_rn(__fmul_rn(r, r), q)));
         const float e = __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
-        return z < -87.f ? 0.f : z <= 0.f ? e : NAN;
+        return z < -87.f ? 0.f : z <= SAMPLE_NEAR ? e : NAN;
     }
 };
 
@@ -44,23 +52,32 @@ DEVICE void each_block(int first, int end, F&& f) {
 }
 DEVICE float lanes_sum(float x) { return warp_sum<LANES>(x); }  // halves onto each other, down to one lane
 
-template <class T>
-DEVICE float find_peaks(const Row<T>& row, int first, int end) {  // the thread's largest
-    float highest = -INFINITY;
+struct Highest {
+    float all, allowed;
+};
+template <class T, bool MASKED>
+DEVICE Highest find_peaks(const Row<T, MASKED>& row, int first, int end) {  // the thread's largest
+    Highest highest{-INFINITY, -INFINITY};
     each_block(first, end, [&](int block, int lane) {
         if (block >= end) return;
         float peak = -INFINITY;
 #pragma unroll 16
-        for (int j = 0; j < EACH; ++j) peak = fmaxf(peak, row.at(block * BLOCK + j * LANES + lane));
+        for (int j = 0; j < EACH; ++j) {
+            const int i = block * BLOCK + j * LANES + lane;
+            const float value = row.any(i);
+            if (MASKED) highest.all = fmaxf(highest.all, value);
+            if (row.allows(i)) peak = fmaxf(peak, value);
+        }
         row.peaks[block * LANES + lane] = peak;
-        highest = fmaxf(highest, peak);
+        highest.allowed = fmaxf(highest.allowed, peak);
     });
+    if (!MASKED) highest.all = highest.allowed;
     return highest;
 }
 
 // The sums of the weights of elements that are at least `least`; -inf: of all.
-template <class T>
-DEVICE void find_sums(const Row<T>& row, int first, int end, float least) {
+template <class T, bool MASKED>
+DEVICE void find_sums(const Row<T, MASKED>& row, int first, int end, float least) {
     each_block(first, end, [&](int block, int lane) {
         float sum = 0.f;
         if (block < end && (least == -INFINITY || row.peaks[block * LANES + lane] >= least)) {
@@ -74,6 +91,26 @@ DEVICE void find_sums(const Row<T>& row, int first, int end, float least) {
         if (block < end && lane == 0) row.sums[block] = sum;
     });
 }
+// The first time, when the row's distribution is not known to be one: with the sums over what the mask forbids.
+template <class T, bool MASKED>
+DEVICE void find_first_sums(const Row<T, MASKED>& row, int first, int end) {
+    if (!MASKED) return find_sums(row, first, end, -INFINITY);
+    const bool shared = row.one == row.best;
+    each_block(first, end, [&](int block, int lane) {
+        float sum = 0.f, whole = 0.f;
+        if (block < end) {
+#pragma unroll 8
+            for (int j = 0; j < EACH; ++j) {
+                const int i = block * BLOCK + j * LANES + lane;
+                const float value = row.any(i), weight = row.weight(value, row.one);
+                whole = __fadd_rn(whole, weight);
+                if (row.allows(i)) sum = __fadd_rn(sum, shared ? weight : row.weight(value));
+            }
+        }
+        sum = lanes_sum(sum), whole = lanes_sum(whole);
+        if (block < end && lane == 0) row.sums[block] = sum, row.wholes[block] = whole;
+    });
+}
 
 // --- what a row's block shares -------------------------------------------------------------------------------------------------
 
@@ -85,8 +122,9 @@ struct Shared {
     unsigned long long few_weights[FEW];  // in units of 2^-52: whole numbers add up to the same in any order
     int few_count;
     float weights[BLOCK];
-    double before;
+    double before, whole;
     int block, token;
+    SampleSettings settings;
 };
 
 struct Mass {
@@ -138,9 +176,9 @@ DEVICE int64_t between(int64_t first, int64_t end, bool by_value) {
 }
 
 // Calls f(value) for the elements that may be at least `bound`, above -inf: of the row, or of its peaks.
-template <class T>
+template <class T, bool MASKED>
 struct Elements {
-    const Row<T>& row;
+    const Row<T, MASKED>& row;
     template <class F>
     DEVICE void operator()(float bound, F&& f) const {
         each_block(0, row.blocks, [&](int block, int lane) {
@@ -221,29 +259,29 @@ DEVICE float least_kept(const Each& each, const Weight& weight, int n, float low
 }
 
 // The least logit that all filters keep. total: of the row's weights.
-template <class T>
-DEVICE float least_logit(const SampleProblem& p, const Row<T>& row, double total, Shared& shared) {
-    const bool top_k = p.top_k > 0 && p.top_k < p.columns;
+template <class T, bool MASKED>
+DEVICE float least_logit(const SampleSettings& s, const Row<T, MASKED>& row, double total, Shared& shared) {
+    const bool top_k = s.top_k > 0 && s.top_k < row.columns;
     float low = -INFINITY;
-    if (top_k || p.top_p < 1) {
+    if (top_k || s.top_p < 1) {
         // What is cut for sure: logits without weight; for top-p, those that even together weigh less than 1 - p; for top-k, those
         // below the k-th of the lanes' maxima.
-        const double light = log((1 - p.top_p) * total / static_cast<double>(p.columns)) - 1e-3;
-        low = fmaxf(static_cast<float>(row.maximum + p.temperature * (top_k || light < -88 ? -88 : light)), -3e38f);
+        const double light = log((1 - s.top_p) * total / static_cast<double>(row.columns)) - 1e-3;
+        low = fmaxf(static_cast<float>(row.best + s.temperature * (top_k || light < -88 ? -88 : light)), -3e38f);
         const auto weight = [&](float value) { return row.weight(value); };
-        const Elements<T> elements{row};
+        const Elements<T, MASKED> elements{row};
         if (top_k) {
-            const double k = static_cast<double>(p.top_k);
+            const double k = static_cast<double>(s.top_k);
             const Peaks peaks{row.peaks, row.blocks * LANES};
-            if (p.top_k <= peaks.count) low = least_kept<false>(peaks, weight, peaks.count, low, row.maximum, k, shared);
-            low = least_kept<false>(elements, weight, row.columns, low, row.maximum, k, shared);
+            if (s.top_k <= peaks.count) low = least_kept<false>(peaks, weight, peaks.count, low, row.best, k, shared);
+            low = least_kept<false>(elements, weight, row.columns, low, row.best, k, shared);
         }
-        if (p.top_p < 1) {
+        if (s.top_p < 1) {
             if (top_k) total = mass_from<true>(elements, weight, {low, low, low}, shared).weight[0];
-            low = least_kept<true>(elements, weight, row.columns, low, row.maximum, p.top_p * total, shared);
+            low = least_kept<true>(elements, weight, row.columns, low, row.best, s.top_p * total, shared);
         }
     }
-    return p.min_p > 0 ? fmaxf(low, static_cast<float>(row.maximum + p.temperature * log(p.min_p))) : low;
+    return s.min_p > 0 ? fmaxf(low, static_cast<float>(row.best + s.temperature * log(s.min_p))) : low;
 }
 
 // --- the draw ------------------------------------------------------------------------------------------------------------------
@@ -285,66 +323,93 @@ DEVICE void pass_point(const float* weights, int n, double before, double point,
     found(at, before);
 }
 
-template <class T>
-DEVICE Row<T> row_of(const SampleProblem& p, float* workspace, int64_t r, float inverse) {
-    const int blocks = static_cast<int>((p.columns + BLOCK - 1) / BLOCK);
-    float* const room = workspace + r * (blocks * (LANES + 1) + MOST_SPLITS);
-    return {static_cast<const T*>(p.logits) + r * p.stride, static_cast<int>(p.columns), blocks, -INFINITY, inverse,
-            room + MOST_SPLITS, room + MOST_SPLITS + blocks * LANES};
+DEVICE bool in_range(const SampleSettings& s) {
+    return s.temperature >= 0 && s.temperature < INFINITY && s.top_k >= 0 && s.top_p > 0 && s.top_p <= 1 && s.min_p >= 0 && s.min_p <= 1;
 }
-template <class T>
-DEVICE float* maxima_of(const Row<T>& row) { return row.peaks - MOST_SPLITS; }
+
+template <class T, bool MASKED>
+DEVICE Row<T, MASKED> row_of(const SampleProblem& p, float* workspace, int64_t r, const SampleSettings& s) {
+    const int blocks = static_cast<int>((p.columns + BLOCK - 1) / BLOCK);
+    float* const room = workspace + r * (blocks * (LANES + 2) + 2 * MOST_SPLITS);
+    const double inverse = 1 / (s.temperature == 0 ? 1 : s.temperature);
+    Row<T, MASKED> row{};
+    row.x = static_cast<const T*>(p.logits) + r * p.stride;
+    row.mask = MASKED ? p.mask + r * p.mask_stride : nullptr;
+    row.columns = static_cast<int>(p.columns), row.blocks = blocks;
+    row.inverse = inverse < 3e38 ? static_cast<float>(inverse) : 3e38f;
+    row.peaks = room + 2 * MOST_SPLITS, row.sums = row.peaks + blocks * LANES, row.wholes = row.sums + blocks;
+    return row;
+}
+// Of each split the largest of all and, MOST_SPLITS on, of those that the mask allows.
+template <class T, bool MASKED>
+DEVICE float* maxima_of(const Row<T, MASKED>& row) { return row.peaks - 2 * MOST_SPLITS; }
 DEVICE int split_begin(int blocks, int split, int splits) { return static_cast<int>(static_cast<int64_t>(blocks) * split / splits); }
 
-template <class T>
-__global__ void __launch_bounds__(SPLIT_THREADS) sample_peaks_kernel(SampleProblem p, float* workspace, float inverse) {
+template <class T, bool MASKED>
+__global__ void __launch_bounds__(SPLIT_THREADS) sample_peaks_kernel(SampleProblem p, float* workspace) {
     __shared__ float room[SPLIT_THREADS / WARP];
     const int split = blockIdx.x, splits = gridDim.x;
-    const Row<T> row = row_of<T>(p, workspace, blockIdx.y, inverse);
+    const Row<T, MASKED> row = row_of<T, MASKED>(p, workspace, blockIdx.y, p.of(blockIdx.y));
     const int first = split_begin(row.blocks, split, splits), end = split_begin(row.blocks, split + 1, splits);
-    const float highest = block_max(find_peaks(row, first, end), room);
-    if (threadIdx.x == 0) maxima_of(row)[split] = highest;
+    const Highest highest = find_peaks(row, first, end);
+    const float all = block_max(highest.all, room), allowed = MASKED ? block_max(highest.allowed, room) : all;
+    if (threadIdx.x == 0) maxima_of(row)[split] = all, maxima_of(row)[MOST_SPLITS + split] = allowed;
 }
 DEVICE float largest_of(const float* maxima, int splits) {  // by each warp
     float highest = -INFINITY;
     for (int i = threadIdx.x % WARP; i < splits; i += WARP) highest = fmaxf(highest, maxima[i]);
     return warp_max(highest) + 0.f;  // never -0
 }
-template <class T>
-__global__ void __launch_bounds__(SPLIT_THREADS) sample_sums_kernel(SampleProblem p, float* workspace, float inverse) {
+template <class T, bool MASKED>
+DEVICE void measure_splits(Row<T, MASKED>& row, int splits) {
+    const float maximum = largest_of(maxima_of(row), splits);
+    row.measure(maximum, MASKED ? largest_of(maxima_of(row) + MOST_SPLITS, splits) : maximum);
+}
+template <class T, bool MASKED>
+__global__ void __launch_bounds__(SPLIT_THREADS) sample_sums_kernel(SampleProblem p, float* workspace) {
     const int split = blockIdx.x, splits = gridDim.x;
-    Row<T> row = row_of<T>(p, workspace, blockIdx.y, inverse);
-    row.maximum = largest_of(maxima_of(row), splits);
-    find_sums(row, split_begin(row.blocks, split, splits), split_begin(row.blocks, split + 1, splits), -INFINITY);
+    Row<T, MASKED> row = row_of<T, MASKED>(p, workspace, blockIdx.y, p.of(blockIdx.y));
+    measure_splits(row, splits);
+    find_first_sums(row, split_begin(row.blocks, split, splits), split_begin(row.blocks, split + 1, splits));
 }
 
 // splits: into how many parts the two kernels above have cut the rows; 0: they have not been.
-template <class T>
-__global__ void __launch_bounds__(THREADS) sample_kernel(SampleProblem p, float* workspace, float inverse, int splits) {
+template <class T, bool MASKED>
+__global__ void __launch_bounds__(THREADS, MASKED ? 1 : 2) sample_kernel(SampleProblem p, float* workspace, int splits) {
     __shared__ Shared shared;
     const int64_t r = blockIdx.x;
-    Row<T> row = row_of<T>(p, workspace, r, inverse);
+    if (threadIdx.x == 0) shared.settings = p.of(r);
+    __syncthreads();
+    const SampleSettings& s = shared.settings;
+    Row<T, MASKED> row = row_of<T, MASKED>(p, workspace, r, s);
     if (splits) {
-        row.maximum = largest_of(maxima_of(row), splits);
+        measure_splits(row, splits);
     } else {
-        row.maximum = block_max(find_peaks(row, 0, row.blocks), shared.room) + 0.f;
-        find_sums(row, 0, row.blocks, -INFINITY);
+        const Highest highest = find_peaks(row, 0, row.blocks);
+        const float maximum = block_max(highest.all, shared.room) + 0.f;
+        row.measure(maximum, MASKED ? block_max(highest.allowed, shared.room) + 0.f : maximum);
+        find_first_sums(row, 0, row.blocks);
         __syncthreads();
     }
-    const double total = total_of(row.sums, row.blocks, shared);
-    if (!(total >= 1)) {  // the maximum's weight is 1, and NaN is no number
-        if (threadIdx.x == 0) p.tokens[r] = -1, p.logprob[r] = p.unfiltered[r] = NAN;
+    const double total = total_of(row.sums, row.blocks, shared), whole = MASKED ? total_of(row.wholes, row.blocks, shared) : total;
+    if (!(whole >= 1) || !(row.best > -INFINITY) || !in_range(s)) {  // one weight is 1, and NaN is no number
+        if (threadIdx.x == 0) p.tokens[r] = -1, p.logprob[r] = p.unfiltered[r] = p.kept[r] = NAN;
         return;
     }
-    const bool greedy = p.temperature == 0;
-    const float least = greedy ? row.maximum : least_logit(p, row, total, shared);
-    double kept = total;
+    const bool greedy = s.temperature == 0;
+    const double temperature = greedy ? 1 : s.temperature;
+    if (threadIdx.x == 0) {
+        shared.whole = whole;
+        p.kept[r] = static_cast<float>(total / whole * exp((static_cast<double>(row.best) - row.one) / temperature));
+    }
+    const float least = greedy ? row.best : least_logit(s, row, total, shared);
+    double left = total;
     if (least > -INFINITY) {
         find_sums(row, 0, row.blocks, least);
         __syncthreads();
-        kept = total_of(row.sums, row.blocks, shared);
+        left = total_of(row.sums, row.blocks, shared);
     }
-    const double point = greedy ? 0 : uniform(p.seed, p.requests[r], p.steps[r]) * kept;
+    const double point = greedy ? 0 : uniform(s.seed, p.requests[r], p.steps[r]) * left;
     if (threadIdx.x < WARP)
         pass_point(row.sums, row.blocks, 0, point, [&](int at, double before) { shared.block = at, shared.before = before; });
     __syncthreads();
@@ -358,33 +423,35 @@ __global__ void __launch_bounds__(THREADS) sample_kernel(SampleProblem p, float*
         pass_point(shared.weights, BLOCK, shared.before, point, [&](int at, double) { shared.token = from + at; });
     __syncthreads();
     if (threadIdx.x == 0) {
-        const double z = (static_cast<double>(row.at(shared.token)) - row.maximum) / (greedy ? 1 : p.temperature);
+        const double token = row.at(shared.token);
         p.tokens[r] = shared.token;
-        p.logprob[r] = greedy ? 0.f : static_cast<float>(z - log(kept));
-        p.unfiltered[r] = static_cast<float>(z - log(total));
+        p.logprob[r] = greedy ? 0.f : static_cast<float>((token - row.best) / temperature - log(left));
+        p.unfiltered[r] = static_cast<float>((token - row.one) / temperature - log(shared.whole));
     }
+}
+
+template <class T, bool MASKED>
+void run(const SampleProblem& p, float* room, cudaStream_t stream) {
+    // More rows than these keep a GPU busy by themselves, and each is then read from memory once, not once a kernel.
+    const int64_t blocks = ceil_div(p.columns, BLOCK), most = ceil_div(blocks, SPLIT_THREADS / LANES);
+    const int splits = p.rows <= 64 && blocks >= 16 ? static_cast<int>(most < MOST_SPLITS ? most : MOST_SPLITS) : 0;
+    if (splits) {
+        const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(p.rows));
+        launch(sample_peaks_kernel<T, MASKED>, grid, dim3(SPLIT_THREADS), 0, stream, "sample", p, room);
+        launch(sample_sums_kernel<T, MASKED>, grid, dim3(SPLIT_THREADS), 0, stream, "sample", p, room);
+    }
+    launch(sample_kernel<T, MASKED>, dim3(static_cast<unsigned>(p.rows)), dim3(THREADS), 0, stream, "sample", p, room, splits);
 }
 
 }  // namespace
 
 int64_t gpu::sample_workspace(int64_t rows, int64_t columns) {
-    return rows * (ceil_div(columns, BLOCK) * (LANES + 1) + MOST_SPLITS) * static_cast<int64_t>(sizeof(float));
+    return rows * (ceil_div(columns, BLOCK) * (LANES + 2) + 2 * MOST_SPLITS) * static_cast<int64_t>(sizeof(float));
 }
 
 void gpu::sample(const SampleProblem& p, void* workspace, cudaStream_t stream) {
-    const double temperature = p.temperature == 0 ? 1 : p.temperature;
-    const float inverse = 1 / temperature < 3e38 ? static_cast<float>(1 / temperature) : 3e38f;
-    float* const room = static_cast<float*>(workspace);
-    // More rows than these keep a GPU busy by themselves, and each is then read from memory once, not once a kernel.
-    const int64_t blocks = ceil_div(p.columns, BLOCK), most = ceil_div(blocks, SPLIT_THREADS / LANES);
-    const int splits = p.rows <= 64 && blocks >= 16 ? static_cast<int>(most < MOST_SPLITS ? most : MOST_SPLITS) : 0;
     by_dtype(p.dtype, [&](auto type) {
         using T = decltype(type);
-        if (splits) {
-            const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(p.rows));
-            launch(sample_peaks_kernel<T>, grid, dim3(SPLIT_THREADS), 0, stream, "sample", p, room, inverse);
-            launch(sample_sums_kernel<T>, grid, dim3(SPLIT_THREADS), 0, stream, "sample", p, room, inverse);
-        }
-        launch(sample_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(THREADS), 0, stream, "sample", p, room, inverse, splits);
+        (p.mask ? run<T, true> : run<T, false>)(p, static_cast<float*>(workspace), stream);
     });
 }

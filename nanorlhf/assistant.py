@@ -1,5 +1,6 @@
 """A checkpoint with its tokenizer and the engine: what ``nr.load`` returns."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, List, Optional, Sequence
 
@@ -7,7 +8,7 @@ import torch
 
 from . import chat as chat_format
 from .checkpoint import load_model
-from .engine import Completion, SamplingConfig, generate
+from .engine import Completion, Constraint, Engine, SamplingConfig, generate
 from .engine.generate import ragged
 from .model import Model
 from .ops import backend
@@ -17,7 +18,8 @@ Message = dict  # {"role": "user" | "assistant" | "system", "content": str}
 
 
 class Assistant:
-    """``model`` and ``tokenizer``, with the calls that a user makes."""
+    """``model`` and ``tokenizer``, with the calls that a user makes. ``engine`` remembers the beginnings of earlier prompts, so that a
+    conversation that goes on is not read again from its start."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -25,33 +27,34 @@ class Assistant:
         self.end_of_text = special[chat_format.END_OF_TEXT]
         self.end = special[chat_format.END]
 
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.model, self.tokenizer)
+
     def complete(self, prompt: str, n: int = 1, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, stop: str = "", seed: int = 0, min_p: float = 0.0) -> List[str]:
-        """n continuations of a document that begins with ``prompt``, each up to ``stop`` (not included) if given."""
+                 top_p: float = 1.0, stop: str | Sequence[str] = "", seed: int = 0, min_p: float = 0.0,
+                 constraint: Optional[Constraint] = None) -> List[str]:
+        """n continuations of a document that begins with ``prompt``, each up to the first of the texts ``stop`` (not included).
+        constraint: what they have to keep to."""
         ids = [self.end_of_text] + self.tokenizer.encode(prompt)
-        ends = [self.end_of_text, self.end] + (self.tokens_with(stop) if stop else [])
-        sampling = SamplingConfig(temperature, top_k, top_p, min_p)
-        drawn = generate(self.model, [ids], max_new_tokens, n, ends, sampling, seed)
-        texts = [self.text(c) for c in drawn]
-        return [t.split(stop, 1)[0] for t in texts] if stop else texts
+        drawn = self._drawn(ids, n, max_new_tokens, SamplingConfig(temperature, top_k, top_p, min_p), seed, stop, constraint)
+        return [c.text for c in drawn]
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, seed: int = 0, on_text: Optional[Callable[[str], None]] = None,
-             min_p: float = 0.0) -> str:
-        """The assistant's answer to a conversation. on_text(piece) is called as the answer grows, never with a part of
-        a character. Errors: ValueError when the conversation leaves no room in the model's context."""
+             min_p: float = 0.0, stop: str | Sequence[str] = "", constraint: Optional[Constraint] = None) -> str:
+        """The assistant's answer to a conversation, up to the first of the texts ``stop`` (not included). on_text(piece) is called as
+        the answer grows, never with a part of a character or of a stop text. constraint: what the answer has to keep to.
+        Errors: ValueError when the conversation leaves no room in the model's context."""
         ids, _ = chat_format.render(self.tokenizer, list(messages), generation_prompt=True)
-        stream, special = self.tokenizer.stream(), set(self.tokenizer.special_tokens.values())
+        sampling = SamplingConfig(temperature, top_k, top_p, min_p)
+        return self._drawn(ids, 1, max_new_tokens, sampling, seed, stop, constraint, on_text)[0].text
 
-        def push(_: int, token: int) -> None:
-            if on_text is not None and token not in special:
-                on_text(stream.push(token))
-
-        drawn = generate(self.model, [ids], max_new_tokens, stop=[self.end, self.end_of_text],
-                         sampling=SamplingConfig(temperature, top_k, top_p, min_p), seed=seed, on_token=push)[0]
-        if on_text is not None:
-            on_text(stream.finish())
-        return self.text(drawn)
+    def _drawn(self, ids: List[int], n: int, max_new_tokens: int, sampling: SamplingConfig, seed: int, stop: str | Sequence[str],
+               constraint: Optional[Constraint], on_text: Optional[Callable[[str], None]] = None) -> List[Completion]:
+        texts = (stop,) if isinstance(stop, str) and stop else tuple(stop)
+        return generate(self.model, [ids], max_new_tokens, n, [self.end, self.end_of_text], sampling, seed, engine=self.engine,
+                        stop_text=texts, constraint=constraint, on_text=on_text)
 
     @torch.no_grad()
     def logprobs(self, text: str) -> torch.Tensor:

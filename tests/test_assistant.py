@@ -6,10 +6,10 @@ import torch
 
 import nanorlhf as nr
 from nanorlhf import assistant as room
-from nanorlhf import chat
+from nanorlhf import chat, ops
 from nanorlhf.assistant import Assistant, load
 from nanorlhf.checkpoint import save_model
-from nanorlhf.engine import Completion, SamplingConfig
+from nanorlhf.engine import SamplingConfig
 from nanorlhf.engine.generate import ragged
 from tiny import byte_tokenizer, model
 
@@ -24,19 +24,19 @@ def assistant():
 
 
 def scripted(monkeypatch, *texts):
-    """generate says these texts, one token a byte, announcing each; returns what it was asked."""
-    asked = {}
+    """The engine draws these texts, one token a byte, and then the end; returns what generate was asked."""
+    asked, scripts, generate = {}, [[*t.encode(), END] for t in texts], room.generate
 
-    def generate(model, prompts, max_new_tokens, n=1, stop=(), sampling=None, seed=0, on_token=None):
-        asked.update(prompts=prompts, max_new_tokens=max_new_tokens, n=n, stop=set(stop), sampling=sampling, seed=seed)
-        drawn = [Completion([*t.encode(), END], [0.0] * (len(t.encode()) + 1), True) for t in texts]
-        for request, completion in enumerate(drawn):
-            for token in completion.ids:
-                if on_token is not None:
-                    on_token(request, token)
-        return drawn
+    def listening(model, prompts, max_new_tokens, n=1, stop=(), sampling=None, seed=0, **more):
+        asked.update(prompts=prompts, max_new_tokens=max_new_tokens, n=n, stop=set(stop), sampling=sampling, seed=seed, **more)
+        return generate(model, prompts, max_new_tokens, n, stop, sampling, seed, **more)
 
-    monkeypatch.setattr(room, "generate", generate)
+    def drawn(logits, seed, requests, steps, **_):
+        zeros = torch.zeros(len(logits))
+        return torch.tensor([scripts[r][s] for r, s in zip(requests, steps)]), zeros, zeros, zeros
+
+    monkeypatch.setattr(room, "generate", listening)
+    monkeypatch.setattr(ops, "sample", drawn)
     return asked
 
 
@@ -65,9 +65,10 @@ def test_completions_go_on_from_a_document_that_begins_with_the_prompt(assistant
 def test_a_completion_ends_before_its_stop_text_also_in_the_middle_of_a_token(assistant, monkeypatch):
     asked = scripted(monkeypatch, "one\ntwo", "no line end")
     assert assistant.complete("x", n=2, stop="\n") == ["one", "no line end"]
-    assert asked["stop"] == {EOT, END, 10}
+    assert asked["stop"] == {EOT, END}
     scripted(monkeypatch, "a b c")
     assert assistant.complete("x", stop="b ") == ["a "]
+    assert assistant.complete("x", stop=["c", " b"]) == ["a"]
 
 
 def test_special_text_in_a_prompt_stays_text(assistant, monkeypatch):

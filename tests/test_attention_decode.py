@@ -168,7 +168,7 @@ def test_inputs_that_do_not_fit_are_named():
         ((pk, pv, bounds[:0], owner), r"expected cu_seqlens of shape \(1,\)"),
         ((pk, pv, bounds, owner[:1]), r"expected owner of shape \(2,\) in int32"),
         ((pk, pv, bounds + 1, owner), "expected cu_seqlens to rise from 0 to N = 7"),
-        ((pk, pv, bounds, owner + 1), r"expected owner in \[0, P = 2\)"),
+        ((pk, pv, bounds, owner + 1), r"expected owner in \[0, P - 1 = 1\]"),
     ):
         for op in (attention_decode, lambda *x: attention_decode(*(y.double() for y in x[:3]), *x[3:5], (*(y.double() for y in x[5][:2]), *x[5][2:]))):
             if "alike" not in message or op is attention_decode:

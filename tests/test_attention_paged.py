@@ -2,15 +2,19 @@
 the other."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf.ops import attention_decode, attention_paged
+from nanorlhf.ops import attention, attention_decode, attention_paged, backend
 from nanorlhf.ops.attention_paged import attention_paged_reference
-from test_attention_decode import DTYPES, by_hand, case
+from test_attention_decode import DTYPES, HERE, by_hand, case
+from test_backend import ISAS
 
 BOTH = pytest.mark.parametrize("op", [attention_paged, attention_paged_reference], ids=["native", "reference"])
 
@@ -90,6 +94,60 @@ def test_strides_are_read_as_they_are(op):
     k, v = torch.stack((k, v), 1).transpose(2, 3).contiguous().transpose(2, 3).unbind(1)  # one pool for both, heads first
     q = q.transpose(0, 2).contiguous().transpose(0, 2)
     check((q, k, v, *rest), dense, op)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+def test_the_bits_are_those_of_a_cache_with_company_and_threads(page_size, dtype):
+    """Where keys lie changes no bit, nor does who else is there: an owner of -1 is a prefix without tokens for attention_decode."""
+    paged, dense = paged_case([6, 0, 30] * 8, [500, 90, 3], [0, -1, 1] * 8, page_size, H=8, D=24, dtype=dtype)
+    q, k, v, pages, lengths, _, prefix = paged
+    expected, threads = attention_decode(*dense[:4], None, dense[4]), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(attention_paged(*paged), expected)
+    finally:
+        torch.set_num_threads(threads)
+    rows = torch.arange(23, 2, -1)
+    assert torch.equal(attention_paged(q[rows], k, v, pages[rows], lengths[rows], None, (*prefix[:2], prefix[2][rows])), expected[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [1, 7, 16])
+def test_deterministic_gives_the_bits_of_training(page_size, dtype):
+    """Prefixes that end within a page, before keys of a sequence's own, across the edges of tiles (16, 32 keys) and passes (128, 256)."""
+    (q, k, v, pages, lengths, _, prefix), (_, dk, dv, _, (pk, pv, bounds, owner)) = paged_case(
+        [0, 1, 15, 33, 140, 7, 0], [120, 251, 1], [0, 0, 1, 1, 0, -1, -1], page_size, H=6, D=40, dtype=dtype)
+    before = backend.deterministic(True)
+    try:
+        ours = attention_paged(q, k, v, pages, lengths, -0.3, prefix)
+        for b, n in enumerate(lengths.tolist()):
+            place = slice(*bounds[owner[b]:][:2].tolist())
+            keys, values = (torch.cat((p[place], c[b, :n])) for p, c in ((pk, dk), (pv, dv)))
+            queries = torch.cat((torch.randn(max(len(keys) - 1, 0), 6, 40).to(dtype), q[b : b + 1]))[: len(keys)]
+            whole = attention(queries, keys, values, torch.tensor([0, len(keys)], dtype=torch.int32), scale=-0.3)
+            assert torch.equal(ours[b], whole[-1] if len(keys) else torch.zeros_like(q[b]))
+    finally:
+        backend.deterministic(before)
+
+
+EVERY_SHAPE = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import test_attention_paged as t
+for dtype in t.DTYPES:
+    for D in (1, 20, 64, 160):
+        for heads in ((4, 2), (8, 2), (5, 1)):
+            t.check(*t.paged_case([3, 0, 17, 70] * 6, [140, 7], [0, 1, 0, -1] * 6, 5, H=heads[0], Hkv=heads[1], D=D, dtype=dtype))
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_matches_the_oracle(isa):
+    done = subprocess.run([sys.executable, "-c", EVERY_SHAPE, str(HERE.parent), str(HERE)], env={**os.environ, "NANORLHF_ISA": isa},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @BOTH

@@ -12,9 +12,9 @@ from nanorlhf.ops import backend
 from nanorlhf.ops.gae import gae_reference
 from nanorlhf.ops.matmul import matmul_reference
 from nanorlhf.ops.ppo_loss import ppo_policy_loss_reference, ppo_value_loss_reference
-from nanorlhf.ops.sample import sample_reference
+from nanorlhf.ops.sample import DEFAULTS, ROW_DTYPES, sample_reference
 from test_gae import LENGTHS, batch
-from test_sample import CHI2, LARGE, LOGITS, SETTINGS, numbers, warped
+from test_sample import CHI2, LARGE, LOGITS, SETTINGS, bits, numbers, warped
 
 SEEDS = [1, 2, 3]
 
@@ -196,12 +196,15 @@ def test_momentum_and_its_application(dtype, place):
 # --- sample --------------------------------------------------------------------------------------------------------
 
 
-def run_sample(call, last, logits, seed, requests, steps, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    tokens, logprobs, unfiltered = torch.full_like(requests, -7), torch.full((len(logits),), 7.0), torch.full((len(logits),), 7.0)
-    arguments = (*logits.shape, logits.stride(0), backend.DTYPES[logits.dtype], address(logits), seed, address(requests), address(steps),
-                 temperature, top_k, top_p, min_p, address(tokens), address(logprobs), address(unfiltered))  # fmt: skip
+def run_sample(call, last, logits, seed, requests, steps, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, mask=None):
+    tokens, *results = torch.full_like(requests, -7), *(torch.full((len(logits),), 7.0) for _ in range(3))
+    settings = seed, temperature, top_k, top_p, min_p
+    own = tuple(address(x) if isinstance(x, torch.Tensor) else 0 for x in settings)
+    numbers = [default if isinstance(x, torch.Tensor) else x for x, default in zip(settings, (0, 1.0, 0, 1.0, 0.0), strict=True)]
+    arguments = (*logits.shape, logits.stride(0), backend.DTYPES[logits.dtype], address(logits), numbers[0], address(requests), address(steps),
+                 *numbers[1:], own, address(mask), 0 if mask is None else mask.stride(0), address(tokens), *map(address, results))  # fmt: skip
     call(*arguments, *last)
-    return tokens, logprobs, unfiltered
+    return tokens, *results
 
 
 def sample(logits, *arguments, order=1, **settings):
@@ -223,10 +226,10 @@ def test_tokens_and_logprobs_are_the_cpus(V, settings, dtype):
     spread = torch.tensor([0.1, 1.0, 3.0, 10.0])[:, None]
     logits = (spread * torch.randn(4, V, generator=torch.Generator().manual_seed(V)) - 20).to(dtype)
     for order, given in ((1, logits), (2, torch.stack([logits, logits], 1)[:, 1])):
-        tokens, logprobs, unfiltered = sample(given, *numbers(4), order=order, **settings)
+        tokens, *results = sample(given, *numbers(4), order=order, **settings)
         expected = sample_cpu(logits, *numbers(4), **settings)
         assert tokens.equal(expected[0])
-        torch.testing.assert_close((logprobs, unfiltered), expected[1:], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(results, [*expected[1:]], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 9000, "min_p": 0.01}])
@@ -270,13 +273,47 @@ def test_a_row_that_is_no_distribution_has_token_minus_one_and_disturbs_no_other
     logits = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
     clean = sample(logits, *numbers(5), temperature=temperature, top_p=0.9)
     logits[1, columns - 1], logits[2, 1], logits[3] = math.nan, math.inf, -math.inf
-    tokens, *both = sample(logits, *numbers(5), temperature=temperature, top_p=0.9)
-    assert tokens[1:4].tolist() == [-1] * 3 and all(x[1:4].isnan().all() for x in both)
-    assert all(torch.equal(a[[0, 4]], b[[0, 4]]) for a, b in zip((tokens, *both), clean))
+    tokens, *results = sample(logits, *numbers(5), temperature=temperature, top_p=0.9)
+    assert tokens[1:4].tolist() == [-1] * 3 and all(x[1:4].isnan().all() for x in results)
+    assert all(torch.equal(a[[0, 4]], b[[0, 4]]) for a, b in zip((tokens, *results), clean))
+
+
+MASKS = {"all": lambda at: at >= 0, "half": lambda at: at % 2 == 0, "the last": lambda at: at == at.amax(), "a block": lambda at: at // 512 == 1,
+         "a few": lambda at: at % 997 == 3}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2}, {"temperature": 0.02, "top_k": 50, "top_p": 0.9}],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("rows, V", [(5, 1000), (5, 9001), (70, 9001)])
+def test_masks_and_settings_of_their_own_are_the_cpus(rows, V, settings, dtype):
+    """Rows of five masks and spreads; then the same settings as one number a row, with rows between them that have others."""
+    spread = torch.tensor([0.1, 1.0, 3.0, 10.0, 30.0]).repeat(rows // 5)[:, None]
+    logits = (spread * torch.randn(rows, V, generator=torch.Generator().manual_seed(V))).to(dtype)
+    mask = bits(torch.stack([f(torch.arange(V)) for f in MASKS.values()] * (rows // 5)))
+    seed, requests, steps = numbers(rows)
+    tokens, *results = sample(logits, seed, requests, steps, mask=mask, **settings)
+    expected = sample_cpu(logits, seed, requests, steps, mask=mask, **settings)
+    assert tokens.equal(expected[0])
+    torch.testing.assert_close(results, [*expected[1:]], rtol=1e-6, atol=1e-6)
+    own = {name: torch.full((rows,), settings.get(name, DEFAULTS[name]), dtype=ROW_DTYPES[name]) for name in DEFAULTS}
+    own["temperature"][1::2], own["top_k"][1::2], own["seed"][1::2] = 2.0, 3, 9
+    for a, b in zip(sample(logits, own.pop("seed"), requests, steps, mask=mask, **own), (tokens, *results), strict=True):
+        assert a[::2].equal(b[::2]) and not a[1::2].equal(b[1::2])
+
+
+def test_an_empty_mask_and_settings_out_of_range_give_token_minus_one():
+    mask = bits(torch.ones(6, 9001).bool())
+    mask[1] = 0
+    given = torch.tensor([1.0, 1.0, -1.0, math.nan, 1.0, 1.0]).double(), torch.tensor([0, 0, 0, 0, -2, 0])
+    logits = torch.randn(6, 9001, generator=torch.Generator().manual_seed(0))
+    tokens, *results = sample(logits, *numbers(6), *given, mask=mask)
+    assert tokens.lt(0).tolist() == [False, True, True, True, True, False]
+    assert all(x.isnan().tolist() == tokens.lt(0).tolist() for x in results) and float(results[2][0]) == 1
 
 
 def test_no_rows_are_no_tokens():
-    assert [x.shape for x in sample(torch.zeros(0, 5), *numbers(0))] == [(0,)] * 3
+    assert [x.shape for x in sample(torch.zeros(0, 5), *numbers(0))] == [(0,)] * 4
 
 
 def test_the_reference_agrees():

@@ -30,6 +30,20 @@ def test_it_matches_the_oracle(shape, dtype, biased):
         assert_earned(run(linear), run(linear_reference), (x, *matrices()[:count], *biases[:count]), dtype)
 
 
+@pytest.mark.parametrize("rows", [63, 64, 65])
+def test_few_rows_and_many_round_alike(rows):
+    """Another product may do few rows of bf16; both round an exact sum once, which is half a unit of the eight bits of the mantissa."""
+    x, weight = torch.randn(rows, 48).bfloat16(), torch.randn(40, 48)
+    exact = x.double() @ weight.bfloat16().double().T
+    bound = exact.abs() * 2**-8 + 1e-6 * (x.double().abs() @ weight.double().abs().T)
+    assert ((linear(x, [weight])[0].double() - exact).abs() <= bound).all()
+
+
+def test_without_columns_the_sums_are_zero():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert linear(torch.zeros(2, 0, dtype=dtype), [torch.zeros(3, 0)])[0].eq(torch.zeros(2, 3)).all()
+
+
 def test_gradients_of_fp32_weights_come_in_fp32_whatever_the_product():
     x = torch.randn(30, 16).bfloat16().requires_grad_()
     weights, biases = [w.requires_grad_() for w in matrices()], [torch.zeros(n, requires_grad=True) for n in SIZES]

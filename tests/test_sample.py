@@ -47,6 +47,13 @@ def numbers(count, first=0):
     return 0, torch.arange(first, first + count), torch.full((count,), 3)
 
 
+def bits(allowed):
+    """allowed (B, V) bool as ops.sample's mask: bit j % 32 of word j // 32, in int32; bits beyond V are set."""
+    words = np.ones((len(allowed), -(-allowed.shape[1] // 32) * 32), dtype=bool)
+    words[:, : allowed.shape[1]] = allowed
+    return torch.from_numpy(np.packbits(words, axis=1, bitorder="little").view(np.int32))
+
+
 def draws(logits, count=20_000, **settings):
     return sample(logits.expand(count, -1), *numbers(count), **settings)
 
@@ -82,7 +89,8 @@ def test_token_and_logprobs_are_those_of_the_oracle(V, settings, dtype):
     and the oracle's top-p cuts within a level: there its survivors are extended to their whole level.)"""
     spread = torch.tensor([0.1, 1.0, 3.0, 10.0])[:, None]
     logits = (spread * torch.randn(4, V, generator=torch.Generator().manual_seed(V)) - 20).to(dtype)
-    tokens, logprobs, unfiltered = sample(logits, *numbers(4), **settings)
+    tokens, logprobs, unfiltered, kept = sample(logits, *numbers(4), **settings)
+    assert kept.tolist() == [1] * 4
     survivors = warped(logits, **{"top_k": 0, **settings, "top_k": min(settings.get("top_k", 0), V)})
     least = logits.double().masked_fill(survivors == -math.inf, math.inf).amin(-1, keepdim=True)
     scores = logits.double() / settings.get("temperature", 1.0)
@@ -103,11 +111,11 @@ def test_inversion_by_hand(either):
     """Probabilities ½, ¼, ¼: u in [0, ½) is token 0, [½, ¾) token 1, [¾, 1) token 2. min_p = 1 leaves only the first."""
     logits = torch.log(torch.tensor([0.5, 0.25, 0.25]))
     u = uniforms(*numbers(1000))
-    tokens, logprobs, unfiltered = draws(logits, 1000)
+    tokens, logprobs, unfiltered, _ = draws(logits, 1000)
     assert tokens.tolist() == [0 if x < 0.5 else 1 if x < 0.75 else 2 for x in u.tolist()]
     assert logprobs.exp().tolist() == pytest.approx([0.5 if t == 0 else 0.25 for t in tokens.tolist()])
     assert logprobs.equal(unfiltered)
-    tokens, logprobs, unfiltered = draws(logits, 10, min_p=1.0)
+    tokens, logprobs, unfiltered, _ = draws(logits, 10, min_p=1.0)
     assert tokens.tolist() == [0] * 10 and logprobs.tolist() == [0.0] * 10
     assert unfiltered.exp().tolist() == pytest.approx([0.5] * 10)
 
@@ -125,7 +133,7 @@ def test_the_ends_of_the_unit_interval_never_draw_a_token_without_probability(ei
 
 def test_temperature_zero_takes_the_first_of_the_most_probable_tokens_for_certain(either):
     logits = torch.stack([LOGITS, torch.tensor([-1.0, 3.0, 0.0, 3.0, 3.0, -math.inf, 1.0, 2.0])])
-    tokens, logprobs, unfiltered = sample(logits, *numbers(2), temperature=0, top_k=3, top_p=0.5)
+    tokens, logprobs, unfiltered, _ = sample(logits, *numbers(2), temperature=0, top_k=3, top_p=0.5)
     assert tokens.tolist() == [0, 1] and logprobs.tolist() == [0, 0]
     torch.testing.assert_close(unfiltered, logits.double().log_softmax(-1)[[0, 1], tokens].float())
 
@@ -144,7 +152,7 @@ def test_equal_tokens_stay_or_go_together_and_the_first_always_stays(either):
 def test_masked_and_far_logits_are_never_drawn(settings, either):
     logits = torch.full((5000,), -math.inf)
     logits[[7, 600, 4999]] = 2.0
-    tokens, logprobs, _ = draws(logits, 200, **settings)
+    tokens, logprobs, *_ = draws(logits, 200, **settings)
     assert tokens.unique().tolist() == [7, 600, 4999]
     assert logprobs.exp().tolist() == pytest.approx([1 / 3] * 200)
     assert draws(torch.tensor([-1e30, 1e30, -torch.inf]), 9, **settings)[0].unique().tolist() == [1]
@@ -170,16 +178,17 @@ EVERY_SETTING = """
 import hashlib, sys, torch
 sys.path.insert(0, "tests")
 from nanorlhf.ops import sample
-from test_sample import LARGE, numbers
+from test_sample import LARGE, bits, numbers
 digest = hashlib.sha256()
 for threads in (1, 2):
     torch.set_num_threads(threads)
-    for V in (1, 17, 513, 5000, 40_000):
+    for V in (1, 17, 33, 513, 4097, 40_000):
         for dtype in (torch.float32, torch.bfloat16):
             logits = (2 * torch.randn(8, V, generator=torch.Generator().manual_seed(V))).to(dtype)
             for settings in LARGE:
-                for x in sample(logits, *numbers(8), **settings):
-                    digest.update(x.numpy().tobytes())
+                for mask in (None, bits(torch.arange(V) % torch.arange(1, 9)[:, None] == 0)):
+                    for x in sample(logits, *numbers(8), **settings, mask=mask):
+                        digest.update(x.numpy().tobytes())
     print(digest.hexdigest())
     digest = hashlib.sha256()
 """
@@ -200,8 +209,8 @@ def test_no_rows_are_no_tokens_and_fp64_keeps_its_precision(either):
     for dtype, wide in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         for B in (0, 2):
             results = sample(torch.zeros(B, 5, dtype=dtype), *numbers(B), top_k=2, top_p=0.5)
-            assert [x.shape for x in results] == [(B,)] * 3
-            assert [x.dtype for x in results] == [torch.int64, wide, wide]
+            assert [x.shape for x in results] == [(B,)] * 4
+            assert [x.dtype for x in results] == [torch.int64, wide, wide, wide]
 
 
 @pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3])
@@ -244,8 +253,9 @@ def test_shapes_that_do_not_fit_are_named():
 
 
 def test_the_op_is_a_good_citizen_of_torch():
-    arguments = (LOGITS[None], *numbers(1), 1.0, 3, 0.9, 0.1)
-    torch.library.opcheck(torch.ops.nanorlhf.sample.default, arguments)
+    own = [torch.tensor([5]), None, torch.tensor([3]), None, torch.tensor([0.1], dtype=torch.float64)]
+    for last in (([], None), (own, torch.tensor([[0b1011]], dtype=torch.int32))):
+        torch.library.opcheck(torch.ops.nanorlhf.sample.default, (LOGITS[None], *numbers(1), 1.0, 3, 0.9, 0.1, *last))
 
 
 # --- random numbers ------------------------------------------------------------------------------------------------

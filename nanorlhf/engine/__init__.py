@@ -1,6 +1,11 @@
-"""Batched decoding with a key/value cache."""
+"""Batched decoding over a paged cache of keys and values."""
 
-from .generate import Completion, generate
-from .sample import SamplingConfig
+from .engine import Engine
+from .filters import LogitFilter
+from .generate import generate
+from .request import Completion, Constraint, Handle, Request
+from .sample import Sampler, SamplingConfig, entropy, top_logprobs
+from .speculate import Speculation, speculate
 
-__all__ = ["Completion", "SamplingConfig", "generate"]
+__all__ = ["Completion", "Constraint", "Engine", "Handle", "LogitFilter", "Request", "Sampler", "SamplingConfig", "Speculation",
+           "entropy", "generate", "speculate", "top_logprobs"]

@@ -1,56 +1,78 @@
-"""The keys and values of every layer for a batch of growing sequences."""
+"""The keys and values of every layer, in pages of one pool."""
+
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..model import Model
+from ..ops.decode_step import PackedDecoder, far_apart, why_not
+from ..model import Block, Model
 
 
-class KVCache:
-    """prompt_k, prompt_v: (layers, N, Hkv, D), the prompts end to end, bounded by ``cu_seqlens``; sequence b goes on from
-    prompt ``owner[b]``, however many do. k, v: (layers, B, tokens, Hkv, D), what each sequence has added, of which the
-    first ``added`` tokens are filled. ``lengths (B,)`` int32 counts both."""
+class Rows(NamedTuple):
+    """Where the queries of some tokens find their keys, as ops.attention_paged takes it."""
 
-    def __init__(self, tokens: int):
-        """tokens: the most that a sequence can add to its prompt."""
-        self.tokens, self.added = tokens, 0
+    pages: Tensor  # (B, Pmax) int32
+    lengths: Tensor  # (B,) int32, the token's own key included
+    prefix: Optional[Tuple[Tensor, Tensor, Tensor]] = None  # leading pages that several share, and are read once
 
-    def prefill(self, model: Model, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Run whole prompts, each the beginning of one sequence: tokens (N,) → hidden states (N, C)."""
+
+class PagedCache:
+    """k_pages, v_pages: (layers, pages, page_size, Hkv, D) in the model's compute type. Who holds which page is not known here."""
+
+    def __init__(self, model: Model, pages: int, page_size: int):
         c = model.config
-        self.prompt_k, self.prompt_v, self.k, self.v = (
-            torch.empty(c.layers, *shape, c.kv_heads, c.head_size, dtype=model.compute_dtype, device=model.device)
-            for shape in 2 * [(len(tokens),)] + 2 * [(len(cu_seqlens) - 1, self.tokens)])
-        self.cu_seqlens, self.lengths = cu_seqlens, cu_seqlens.diff()
-        self.owner = torch.arange(len(self.lengths), dtype=torch.int32, device=tokens.device)
+        shape = c.layers, pages, page_size, c.kv_heads, c.head_size
+        self.k_pages, self.v_pages = (far_apart(torch.empty(shape, dtype=model.compute_dtype, device=model.device)) for _ in range(2))
+        self._layers = [(k, v, k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.k_pages, self.v_pages)]
+
+    def forward(self, model: Model, tokens: Tensor, positions: Tensor, slots: Tensor, cu_seqlens: Optional[Tensor] = None,
+                rows: Optional[Rows] = None) -> Tensor:
+        """New tokens (N,) at ``positions`` of their sequences → hidden states (N, C). Their keys and values go to ``slots``
+        (N,) int64, page · page_size + offset.
+
+        cu_seqlens: the first tokens are whole sequences, with these bounds, which need nothing from the cache. rows: one
+        for each token after them. All keys of a layer are written before any is read, so a token may attend to pages that the
+        same call fills.
+        """
+        whole = 0 if cu_seqlens is None else len(tokens) if rows is None else len(tokens) - len(rows.lengths)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.prompt_k[layer], self.prompt_v[layer] = k, v
-            return ops.attention(q, k, v, cu_seqlens)
-
-        return model.hidden(tokens, ops.positions_from_cu_seqlens(cu_seqlens), attend)
-
-    def step(self, model: Model, tokens: Tensor) -> Tensor:
-        """One more token of every sequence: tokens (B,) → hidden states (B, C)."""
-        # A sequence may have ended at the end of the context and still ride along.
-        positions = self.lengths.long().clamp(max=model.config.context - 1)
-        self.added += 1
-        self.lengths = self.lengths + 1
-        added = torch.full_like(self.lengths, self.added)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer, :, self.added - 1], self.v[layer, :, self.added - 1] = k, v
-            prefix = self.prompt_k[layer], self.prompt_v[layer], self.cu_seqlens, self.owner
-            return ops.attention_decode(q, self.k[layer], self.v[layer], added, prefix=prefix)
+            k_pages, v_pages, k_slots, v_slots = self._layers[layer]
+            k_slots.index_copy_(0, slots, k)
+            v_slots.index_copy_(0, slots, v)
+            if not whole:
+                return ops.attention_paged(q, k_pages, v_pages, rows.pages, rows.lengths, prefix=rows.prefix)
+            inside = ops.attention(q[:whole], k[:whole], v[:whole], cu_seqlens)
+            if rows is None:
+                return inside
+            return torch.cat((inside, ops.attention_paged(q[whole:], k_pages, v_pages, rows.pages, rows.lengths, prefix=rows.prefix)))
 
         return model.hidden(tokens, positions, attend)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these sequences, in this order; one named twice goes on as two. Prompts are not copied, and stay."""
-        for name in ("k", "v"):
-            old = getattr(self, name)
-            new = old.new_empty(old.shape[0], len(rows), *old.shape[2:])
-            new[:, :, :self.added] = old[:, rows, :self.added]
-            setattr(self, name, new)
-        self.lengths, self.owner = self.lengths[rows], self.owner[rows]
+    def logits(self, decoder: PackedDecoder, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Rows) -> Tensor:
+        """(N, V): the same for one token of each row, in one call, and the product with the output matrix."""
+        return ops.decode_step(decoder, tokens, positions, slots, self.k_pages, self.v_pages, rows.pages, rows.lengths, rows.prefix)
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Whole pages (k,) int64 to others."""
+        for pages in (self.k_pages, self.v_pages):
+            pages[:, targets] = pages[:, sources]
+
+
+def packed_decoder(model: Model) -> Optional[PackedDecoder]:
+    """The model's weights for ``PagedCache.logits``; None where it has to go layer by layer, by ``forward``."""
+    c, weights = model.config, [w.detach() for w in model.parameters()]
+    if c.variant != "llama" or why_not(model.compute_dtype, weights, c.head_size) is not None:
+        return None
+
+    def named(block: Block) -> dict:
+        a, m = block.self_attn, block.mlp
+        modules = {"input_norm": block.input_layernorm, "q": a.q_proj, "k": a.k_proj, "v": a.v_proj, "q_norm": a.q_norm, "k_norm": a.k_norm,
+                   "o": a.o_proj, "post_norm": block.post_attention_layernorm, "gate": m.gate_proj, "up": m.up_proj, "down": m.down_proj}
+        return {name: None if module is None else module.weight.detach() for name, module in modules.items()}
+
+    decoder = model.model
+    return PackedDecoder([named(b) for b in decoder.layers], decoder.embed_tokens.weight.detach(), decoder.norm.weight.detach(),
+                         model.head_weight.detach(), c.head_size, c.context, c.norm_eps, c.rope_base, model.compute_dtype)

@@ -4,6 +4,7 @@ gradient and its dispatch. backend.py knows what can run here."""
 from nanorlhf.ops import backend, optim
 from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.attention_paged import attention_paged
+from nanorlhf.ops.decode_step import PackedDecoder, decode_step
 from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
 from nanorlhf.ops.linear import linear, weights_held
@@ -17,11 +18,13 @@ from nanorlhf.ops.softmax import softmax
 from nanorlhf.ops.swiglu import swiglu
 
 __all__ = [
+    "PackedDecoder",
     "add_rms_norm",
     "attention",
     "attention_decode",
     "attention_paged",
     "cross_entropy",
+    "decode_step",
     "embedding",
     "gae",
     "linear",

@@ -105,7 +105,7 @@ def _unshared(k_cache, v_cache, lengths, k, v, cu_seqlens, owner):
     _check_bounds(bounds, len(k), "attention_decode")
     _check_lengths(lengths, k_cache)
     if not 0 <= int(owner.min()) <= int(owner.max()) < len(bounds) - 1:
-        raise ValueError(f"attention_decode: expected owner in [0, P = {len(bounds) - 1})")
+        raise ValueError(f"attention_decode: expected owner in [0, P - 1 = {len(bounds) - 2}]")
     whole = (
         pad_sequence([torch.cat((x[bounds[i] : bounds[i + 1]], c)) for i, c in zip(owner.tolist(), cache, strict=True)], True)
         for x, cache in ((k, k_cache), (v, v_cache))
@@ -131,7 +131,7 @@ class _Attention(torch.autograd.Function):
 
 def _rows(x):
     """What the native code takes for (N, heads, D): address, token stride, head stride."""
-    return x.data_ptr(), x.stride(0), x.stride(1)
+    return x.data_ptr(), *x.stride()[:2]
 
 
 def _unit_stride(x):
@@ -170,7 +170,7 @@ def _backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale):
 def _decode(q, k_cache, v_cache, lengths, scale, prefix):
     q, k_cache, v_cache = _unit_stride(q), _unit_stride(k_cache), _unit_stride(v_cache)
     lengths = lengths.contiguous()
-    out = q.new_empty(q.shape)
+    out = backend.empty_like(q)
     shared = (0, 0, 0, 0, (0, 0, 0), (0, 0, 0))
     if prefix:
         k, v, cu_seqlens, owner = *map(_unit_stride, prefix[:2]), prefix[2].contiguous(), prefix[3].contiguous()

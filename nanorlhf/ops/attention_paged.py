@@ -1,7 +1,7 @@
 """Attention of one new query per sequence over keys and values that lie in pages of a pool.
 
-Native on GPUs (csrc/attention_decode.cu reads the pages where they are); on the CPU the pages that are seen are gathered for
-attention_decode. Source: PagedAttention, Kwon et al., arXiv 2309.06180.
+Native on CPUs and GPUs, by the kernels of attention_decode, which read the pages where they are (csrc/attention.h).
+Source: PagedAttention, Kwon et al., arXiv 2309.06180.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import torch
 
 from nanorlhf.ops import backend
-from nanorlhf.ops.attention import MAX_HEAD_DIM, attention_decode, attention_decode_reference
+from nanorlhf.ops.attention import MAX_HEAD_DIM, _unit_stride, attention_decode_reference
 
 
 def attention_paged(q, k_pages, v_pages, pages, lengths, scale=None, prefix=None):
@@ -19,7 +19,8 @@ def attention_paged(q, k_pages, v_pages, pages, lengths, scale=None, prefix=None
     each sequence's pages in order; lengths: (B,) int32, how many tokens it has there; what its table or its last page holds
     beyond them is not read. A sequence with none gets zeros. scale: 1/√D unless given. Returns (B, H, D). No gradient.
     prefix: (pages, lengths, owner): (G, Pg), (G,) and (B,) int32: G prefixes in the same pool; sequence b sees the keys of prefix
-    owner[b], if that is not -1, before its own. A prefix is read once for all that share it.
+    owner[b], if that is not -1, before its own. A prefix is read once for all that share it, but with backend.deterministic, where
+    the bits are those of ``attention``.
     Raises ValueError for shapes or dtypes that do not fit together. Lengths, pages or owners out of range are an error on the
     CPU; on a GPU, where it would have to be waited for, the sequences concerned become NaN.
 
@@ -78,12 +79,9 @@ def _cache(x):
 
 
 def _paged(q, k_pages, v_pages, pages, lengths, scale, prefix):
-    if backend.on_cpu(q):
-        return attention_decode(q, *_gathered(k_pages, v_pages, pages, lengths), scale,
-                                _gathered_prefix(k_pages, v_pages, *prefix) if prefix else None)  # fmt: skip
-    q, k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_pages, v_pages))
-    pages, lengths, *prefix = (x.contiguous() for x in (pages, lengths, *prefix))
-    out = q.new_empty(q.shape)
+    q, k_pages, v_pages = _unit_stride(q), _unit_stride(k_pages), _unit_stride(v_pages)
+    pages, lengths, prefix = pages.contiguous(), lengths.contiguous(), [x.contiguous() for x in prefix]
+    out = backend.empty_like(q)
     (count, size, kv_heads, _), width = k_pages.shape, pages.shape[1]
     prefixes, prefix_width = prefix[0].shape if prefix else (0, 0)
     sizes = *q.shape[:2], kv_heads, q.shape[2]
@@ -91,29 +89,30 @@ def _paged(q, k_pages, v_pages, pages, lengths, scale, prefix):
     module.attention_paged(
         *sizes, size, count, width, pages.data_ptr(), lengths.data_ptr(), scale, backend.DTYPES[q.dtype],
         (q.data_ptr(), *q.stride()[:2]), (out.data_ptr(), *out.stride()[:2]), _cache(k_pages), _cache(v_pages),
-        prefixes, prefix_width, *(x.data_ptr() for x in prefix or [lengths[:0]] * 3), lane,
+        prefixes, prefix_width, *([x.data_ptr() for x in prefix] or (0, 0, 0)), backend.is_deterministic(), lane,
     )  # fmt: skip
     return out
 
 
 def _validate(q, k_pages, v_pages, pages, lengths, prefix):
-    if q.dim() != 3 or not 1 <= q.shape[2] <= MAX_HEAD_DIM or q.shape[1] < 1:
-        raise ValueError(f"attention_paged: expected q of shape (B, H, D) with D in 1..256, got {tuple(q.shape)}")
-    B, H, D = q.shape
+    shape, pool, device = q.shape, k_pages.shape, q.device
+    if len(shape) != 3 or not 1 <= shape[2] <= MAX_HEAD_DIM or shape[1] < 1:
+        raise ValueError(f"attention_paged: expected q of shape (B, H, D) with D in 1..256, got {tuple(shape)}")
+    B, H, D = shape
     for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
-        if x.shape != k_pages.shape or x.dim() != 4 or x.shape[3] != D or x.shape[1] < 1 or x.shape[2] < 1 or H % x.shape[2]:
+        if x.shape != pool or len(pool) != 4 or pool[3] != D or pool[1] < 1 or pool[2] < 1 or H % pool[2]:
             raise ValueError(f"attention_paged: expected {name} of shape (P, page_size, Hkv, {D}), Hkv dividing {H}, got {tuple(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"attention_paged: expected q, k_pages and v_pages alike, got {q.dtype} on {q.device}, {x.dtype} on {x.device}")
+        if x.dtype != q.dtype or x.device != device:
+            raise ValueError(f"attention_paged: expected q, k_pages and v_pages alike, got {q.dtype} on {device}, {x.dtype} on {x.device}")
     indices = [("pages", pages, (B, "Pmax")), ("lengths", lengths, (B,))]
     if prefix is not None:
         G = prefix[1].numel()
         indices += zip(("prefix pages", "prefix lengths", "owner"), prefix, ((G, "Pg"), (G,), (B,)), strict=True)
     for name, x, shape in indices:
-        fits = x.dim() == len(shape) and x.shape[0] == shape[0]
-        if not fits or x.dtype != torch.int32 or x.device != q.device:
+        given = x.shape
+        if len(given) != len(shape) or given[0] != shape[0] or x.dtype != torch.int32 or x.device != device:
             wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-            raise ValueError(f"attention_paged: expected {name} of shape ({wanted}) in int32 on {q.device}, "
+            raise ValueError(f"attention_paged: expected {name} of shape ({wanted}) in int32 on {device}, "
                              f"got {tuple(x.shape)} in {x.dtype} on {x.device}")  # fmt: skip
 
 

@@ -211,7 +211,7 @@ def use_native(op, x):
             kernels = "CUDA" if on_gpu else "CPU"
             raise ValueError(f"{op}: deterministic needs the {kernels} kernels, and they cannot run here: {reason}")
     if _forced == "auto":
-        return _trusted(op, x.device, x.dtype)[0] if on_gpu else x.device.type == "cpu" and x.dtype in DTYPES
+        return _trusted(op, x.device, x.dtype)[0] if on_gpu else x.is_cpu and x.dtype in DTYPES
     if _forced == "reference":
         return False
     ok, reason = runnable(_forced, x.device, x.dtype, op)
@@ -242,14 +242,27 @@ def use_native_fp32(op, *tensors):
 
 
 def define(schema, run, fake):
-    """Register a native op with torch, for CPU and CUDA tensors alike, and return its callable. ``fake`` computes shapes only, for
-    torch.compile."""
+    """Register a native op with torch, for CPU and CUDA tensors alike, and return a function that runs it. ``fake`` computes shapes
+    only, for torch.compile. Where torch has no use for knowing of the call, it goes around torch's dispatcher, which costs a token
+    of a small model as much as some of the kernels."""
     name = schema.split("(")[0]
     LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"nanorlhf::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.nanorlhf, name).default
+    op = getattr(torch.ops.nanorlhf, name).default
+    return lambda *args: (op if _observed(args[0]) else run)(*args)
+
+
+def _observed(x):
+    """Whether torch has to see an op on a tensor like ``x``: it is compiling, profiling or tracing, or transforms functions."""
+    return (torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.autograd._profiler_enabled()
+            or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)  # fmt: skip
+
+
+def empty_like(x):
+    """Like x.new_empty(x.shape), which takes twice as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def table():

@@ -7,17 +7,24 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from nanorlhf import _C
 from nanorlhf.ops import backend
 from nanorlhf.ops.matmul import matmul
 
+
+FEW_ROWS = 64  # on AMX torch's product of bf16 takes two to five times as long as ours for fewer rows, and as long for twice as many
+_TILES = _C.isa() == "amx"
 
 _held = threading.local()  # its casts: {(dtype, ids of the weights): (the weights, which keeps their ids theirs, their cast)}
 
 
 @contextmanager
-def weights_held():
-    """Within it no weight may change, and each is cast once: for decoding, where a step is not much more work than its casts."""
-    before, _held.casts = getattr(_held, "casts", None), {}
+def weights_held(casts=None):
+    """Within it no weight may change, and each is cast once: for decoding, where a step is not much more work than its casts.
+
+    casts: a dict that keeps them from one time to the next; whoever changes a weight in between empties it.
+    """
+    before, _held.casts = getattr(_held, "casts", None), {} if casts is None else casts
     try:
         yield
     finally:
@@ -34,8 +41,9 @@ def linear(x, weights, biases=()):
     >>> [y.tolist() for y in linear(torch.tensor([[1.0, 2.0]]), [torch.eye(2), torch.ones(1, 2)])]
     [[[1.0, 2.0]], [[3.0]]]
     """
-    sizes = [w.shape[0] for w in weights]
-    fit = all(w.shape[1:] == x.shape[-1:] for w in weights) and [b.shape[0] for b in biases if b.dim() == 1] in ([], sizes)
+    width, shapes = x.shape[-1:], [w.shape for w in weights]
+    sizes = [s[0] for s in shapes]
+    fit = all([s[1:] == width for s in shapes]) and [b.shape[0] for b in biases if b.dim() == 1] in ([], sizes)
     if not fit or len(biases) not in (0, len(weights)):
         raise ValueError(
             f"linear: expected x of shape (..., C), weights of shape (R, C) and biases of shape (R,), got {tuple(x.shape)}, "
@@ -55,9 +63,11 @@ def linear_reference(x, weights, biases=()):
 
 
 def _product(x, rows, biases, sizes):
-    if backend.is_deterministic():
-        return matmul(x, rows, _stacked(biases, torch.float32) if biases else None).split(sizes, -1)
-    return F.linear(x, rows, _stacked(biases, x.dtype) if biases else None).split(sizes, -1)
+    few = _TILES and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and x.is_cpu and 0 < x.numel() <= FEW_ROWS * rows.shape[1]
+    ours = backend.is_deterministic() or few
+    bias = _stacked(biases, torch.float32 if ours else x.dtype) if biases else None
+    out = (matmul if ours else F.linear)(x, rows, bias)
+    return (out,) if len(sizes) == 1 else torch.split_with_sizes(out, sizes, -1)
 
 
 class _Linear(torch.autograd.Function):
@@ -97,15 +107,15 @@ def _stacked(tensors, dtype):
     """All rows of these in one tensor of ``dtype``; it may be the only one of them itself."""
     if len(tensors) == 1 and tensors[0].dtype == dtype:
         return tensors[0].detach()
-    casts = getattr(_held, "casts", None) if all(isinstance(t, torch.nn.Parameter) for t in tensors) else None
-    key = (dtype, *map(id, tensors))
-    if casts is not None and key in casts:
+    casts = getattr(_held, "casts", None)
+    key = (dtype, *map(id, tensors)) if casts is not None else None
+    if key is not None and key in casts:
         return casts[key][1]
     rows = torch.empty((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), dtype=dtype, device=tensors[0].device)
     with torch.no_grad():
         for part, t in zip(rows.split([t.shape[0] for t in tensors]), tensors):
             part.copy_(t)
-    if casts is not None:
+    if key is not None and all(isinstance(t, torch.nn.Parameter) for t in tensors):
         casts[key] = tensors, rows
     return rows
 

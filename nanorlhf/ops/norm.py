@@ -93,8 +93,8 @@ def _contiguous(x):
 
 def _forward(x, weight, eps, residual):
     x, weight, residual = x.contiguous(), weight.detach().float().contiguous(), _contiguous(residual)
-    y, scale = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    total = x.new_empty(x.shape if residual is not None else (0,))
+    y, scale = backend.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total = x.new_empty(0) if residual is None else backend.empty_like(x)
     if x.numel():
         module, lane = backend.native(x)
         module.norm(

@@ -90,7 +90,7 @@ def _turned(q, k, v, positions, base, q_weight, k_weight, eps):
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, q_weight, k_weight)):
         return _Rope.apply(q, k, v, positions, float(base), q_weight, k_weight, eps)
     out = _forward_op(q, k, positions, float(base), q_weight, k_weight, eps)
-    return out[:, : q.shape[1]], out[:, q.shape[1] :], v
+    return *torch.split_with_sizes(out, (q.shape[1], k.shape[1]), 1), v
 
 
 class _Rope(torch.autograd.Function):
@@ -151,7 +151,8 @@ def _call(is_backward, q, k, dq, dk, positions, base, weights, eps, out, dweight
     if not N:
         return
     inner = [x if x.stride(2) == 1 else x.contiguous() for x in (q, k, dq, dk)]
-    rows = [(x.data_ptr(), x.stride(0), x.stride(1)) for x in (*inner, out[:, :H], out[:, H:])]
+    rows = [(x.data_ptr(), *x.stride()[:2]) for x in (*inner, out)]
+    keys = rows[4][0] + H * D * out.element_size(), *rows[4][1:]
     wide = [None if w is None else w.detach().float().contiguous() for w in weights]
     weights = [0 if w is None else w.data_ptr() for w in wide]
     positions = positions.contiguous()
@@ -162,7 +163,7 @@ def _call(is_backward, q, k, dq, dk, positions, base, weights, eps, out, dweight
         cosines, sines = _table(base, D, int(positions.max()) + 1)
         turns = cosines.data_ptr(), sines.data_ptr(), cosines.shape[0]
     module.rope(
-        is_backward, N, D // 2, backend.DTYPES[dq.dtype], positions.data_ptr(), *turns, eps, (H, rows[0], rows[4], rows[2], weights[0]), (dk.shape[1], rows[1], rows[5], rows[3], weights[1]),
+        is_backward, N, D // 2, backend.DTYPES[dq.dtype], positions.data_ptr(), *turns, eps, (H, rows[0], rows[4], rows[2], weights[0]), (dk.shape[1], rows[1], keys, rows[3], weights[1]),
         0 if dweight is None else dweight.data_ptr(), lane,
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ def _call(is_backward, gate, up, dout, out, dgate, dup, gradient_stride):
 
 
 def _forward(gate, up):
-    out = gate.new_empty(gate.shape)
+    out = backend.empty_like(gate)
     _call(False, gate, up, 0, out.data_ptr(), 0, 0, 0)
     return out
 

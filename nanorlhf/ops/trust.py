@@ -288,7 +288,9 @@ def _gae_cases(normal, below, fixed):
 
 def _sample_cases(normal, below, fixed):
     requests, steps = below(1000, 9), below(1000, 9)
-    for name, settings in (("greedy", {"temperature": 0.0}), ("whole", {}), ("filtered", {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.01})):
+    own = {"temperature": torch.arange(9, device=steps.device).double() / 4, "top_k": below(60, 9), "mask": below(2**31, 9, 32).int()}
+    for name, settings in (("greedy", {"temperature": 0.0}), ("whole", {}), ("masked", own),
+                           ("filtered", {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.01})):
         kernel, reference = ((lambda f: lambda x: _no_gradient(lambda: f(x, 7, requests, steps, **settings)))(f)
                              for f in (sample, sample_reference))  # fmt: skip
         yield BOTH, name, kernel, reference, normal(9, 1003)

@@ -1,0 +1,317 @@
+"""Continuous batching over a paged cache: requests wait, are decoded together, and leave one by one.
+
+What a request draws depends on (seed, stream, step) and the model alone, so neither its company, nor waiting, nor being put off and
+recomputed changes it. Sources: Orca, Yu et al., OSDI 2022 (iteration-level scheduling); vLLM, arXiv 2309.06180 §4.5 (preemption by
+recomputation).
+"""
+
+from collections import deque
+from typing import Deque, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..model import Model
+from ..tokenizer import Tokenizer
+from . import batch as columns
+from .batch import Batch
+from .cache import PagedCache, Rows, packed_decoder
+from .draw import draw, logits_of
+from .pages import PagePool, PrefixTree
+from .prefill import Plan, Prefill, plan_next
+from .request import Completion, Handle, Request
+from .stops import TextStream
+
+WINDOW = 8  # steps between looks at what a GPU has drawn, where no request has to be looked at sooner
+POOL_BYTES = 1 << 31  # of a cache whose size is not asked for
+PREFILL_TOKENS = 4096  # prompts are run together up to about this many tokens
+
+
+class Engine:
+    """Decodes the requests that are submitted, up to ``slots`` at a time, with keys and values in ``pool_tokens`` of cache.
+
+    The weights are the model's own: after an optimiser's step or ``load_state_dict`` the next step uses the new ones, and everything
+    that was cached under the old ones is forgotten (requests under way are recomputed). Only in-place changes through ``.data``
+    go unseen.
+    """
+
+    def __init__(self, model: Model, tokenizer: Optional[Tokenizer] = None, slots: int = 64, pool_tokens: Optional[int] = None,
+                 page_size: int = 16, keep: bool = True):
+        """pool_tokens: 8 contexts, as far as POOL_BYTES go, unless given. keep: whether prompts and continuations stay for later requests to go on from."""
+        self.model, self.tokenizer, self.keep = model, tokenizer, keep
+        c = model.config
+        if pool_tokens is None:
+            pool_tokens = min(8 * c.context, POOL_BYTES // (2 * c.layers * c.kv_heads * c.head_size * model.compute_dtype.itemsize))
+        pages = -(-pool_tokens // page_size)
+        if slots < 1 or pages < 1 or page_size < 1:
+            raise ValueError(f"engine: slots, pool_tokens and page_size must be at least 1, got {slots}, {pool_tokens} and {page_size}")
+        self.pool = PagePool(pages, page_size)
+        self.tree = PrefixTree(self.pool)
+        self.waiting: Deque[Handle] = deque()
+        self.batch = self._new_batch(slots)
+        self.window = WINDOW if model.device.type == "cuda" else 1
+        self._weights = list(model.parameters())
+        self._casts: dict = {}
+        self._known: Optional[tuple] = None
+        self._crowded = False  # the pool was too small for all: nobody joins until somebody leaves
+
+    def _new_batch(self, slots: int) -> Batch:
+        c = self.model.config
+        return Batch(slots, c.context, c.vocab_size, self.pool.count, self.pool.size, self.model.device)
+
+    @property
+    def version(self) -> int:
+        """How often the weights have been changed, as far as torch counts: the sum of their version counters."""
+        return sum([w._version for w in self._weights])
+
+    def submit(self, request: Request) -> Handle:
+        """Errors: ValueError for a prompt that is empty or leaves no room in the context, a request that the pool cannot hold, and text
+        or a constraint that does not go with the tokenizer or model."""
+        context, length, vocab_size = self.model.config.context, len(request.prompt), self.model.config.vocab_size
+        if not 0 < length < context:
+            raise ValueError(f"engine: the prompt has {length} tokens; it needs 1 to {context - 1} for a context of {context}")
+        room = min(request.max_new_tokens, context - length)
+        pages = -(-(length + room - 1) // self.pool.size)
+        if pages > self.pool.count:
+            raise ValueError(f"engine: a prompt of {length} tokens and {room} new ones need {pages} pages of {self.pool.size} tokens; the "
+                             f"pool has {self.pool.count}")
+        text = request.stop_text or request.on_text is not None
+        if text and self.tokenizer is None:
+            raise ValueError("engine: stop_text and on_text need an engine with a tokenizer")
+        if request.constraint is not None and request.constraint.vocab_size != vocab_size:
+            raise ValueError(f"engine: a constraint over {request.constraint.vocab_size} tokens does not fit a model of {vocab_size}")
+        biased = max((i for i, _ in request.sampling.logit_bias), default=0)
+        if biased >= vocab_size:
+            raise ValueError(f"engine: logit_bias names id {biased}; the model has {vocab_size}")
+        handle = Handle(request, room, TextStream(self.tokenizer, request.stop_text) if text else None)
+        self.waiting.append(handle)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """End a request with what it has; nothing happens to one that has ended."""
+        if handle in self.waiting:
+            self.waiting.remove(handle)
+            self._complete(handle, handle.drawn, handle.marks, "cancelled")
+        elif handle in self.batch.handles:
+            row = self.batch.handles.index(handle)
+            self._leave([row], [int(self.batch.ints[columns.STEP, row]) + 1], ["cancelled"])
+
+    def run(self, requests: Sequence[Request]) -> List[Completion]:
+        """Submit these and decode until they have ended. Errors: also what a callback or a constraint raised."""
+        handles: List[Handle] = []
+        try:
+            for request in requests:
+                handles.append(self.submit(request))
+            ahead = deque(handles)
+            looked = False  # at the weights, which nobody changes in between but a callback
+            while ahead:
+                if ahead[0].completion is not None:
+                    ahead.popleft()
+                    continue
+                if not looked or self.batch.attended:
+                    self._refresh()
+                looked = True
+                self._step()
+            return [h.result() for h in handles]
+        finally:
+            for handle in handles:
+                if handle.completion is None:
+                    self.cancel(handle)
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Let requests join, and decode one token of each (a few where a GPU is not to be waited for). Returns whether any is left."""
+        self._refresh()
+        self._step()
+        return bool(self.waiting or self.batch.size)
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        with ops.weights_held(self._casts):
+            self._admit()
+            self._decode()
+
+    def _refresh(self) -> None:
+        """Forget what was computed under other weights."""
+        known = self.version, self.model.compute_dtype, self._weights[0].data_ptr(), ops.backend.is_deterministic()
+        if known == self._known:
+            return
+        for row in range(self.batch.size)[::-1]:
+            self._put_off(row)
+        self.tree.clear()
+        if self._known is None or known[1:3] != self._known[1:3]:
+            self.cache, self.batch = PagedCache(self.model, self.pool.count, self.pool.size), self._new_batch(self.batch.slots)
+        if self._known is None or known[1:] != self._known[1:]:
+            self._decoder = packed_decoder(self.model)
+        elif self._decoder is not None:
+            self._decoder.pack()
+        self._known, self._crowded = known, False
+        self._casts.clear()
+        weight = self.model.head_weight.detach().to(self.model.compute_dtype)
+        self._head = weight if known[3] else weight.float()
+
+    def _take(self, count: int) -> Optional[np.ndarray]:
+        if count > self.pool.free:
+            self.tree.evict(count - self.pool.free)
+        return self.pool.take(count)
+
+    def _admit(self) -> None:
+        while self.waiting and self.batch.size < self.batch.slots and not (self._crowded and self.batch.size):
+            plans = plan_next(self.waiting, self.batch.slots - self.batch.size, PREFILL_TOKENS, self.pool, self.tree, self._take, self.keep)
+            if not plans:
+                self._crowded = True
+                return
+            low = self.batch.size
+            try:
+                hidden = self._prefill(plans)
+                for plan in plans:
+                    for handle, pages in zip(plan.handles, plan.tables):
+                        self.batch.join(handle, pages, len(plan.context))
+                self.batch.compose()
+                drawn = self._draw(logits_of(hidden, self._head), hidden, low)
+            except BaseException:
+                self._undo(plans, low)
+                raise
+            self._harvest(low, [drawn])
+
+    def _undo(self, plans: List[Plan], low: int) -> None:
+        """A pass that failed: its requests wait again, and nobody finds the pages that it may not have filled."""
+        self.batch.keep(np.arange(low))
+        self.tree.clear()
+        for handle, pages in [pair for plan in plans for pair in zip(plan.handles, plan.tables)][::-1]:
+            self.pool.release(pages)
+            self.waiting.appendleft(handle)
+
+    def _prefill(self, plans: List[Plan]) -> Tensor:
+        """Run the plans' prompts: hidden states (R, C) of the last token for each of their requests."""
+        p = Prefill(plans, self.pool.size, self.batch.on_device)
+        hidden = self.cache.forward(self.model, p.tokens, p.positions, p.slots, p.cu_seqlens, p.rows)[p.last]
+        if len(p.copies[0]):
+            self.cache.copy(*p.copies)
+        return hidden
+
+    def _draw(self, logits: Tensor, hidden: Optional[Tensor], low: int):
+        batch = self.batch
+        tokens, marks, top = draw(self.model, logits, hidden, batch, low)
+        batch.token[low:batch.size] = tokens
+        return tokens, marks, top
+
+    def _run_rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Rows) -> Tuple[Tensor, Optional[Tensor]]:
+        """A token of every row: logits (B, V), and the hidden states (B, C) where they are at hand."""
+        if self._decoder is not None:
+            return self.cache.logits(self._decoder, tokens, positions, slots, rows), None
+        hidden = self.cache.forward(self.model, tokens, positions, slots, rows=rows)
+        return logits_of(hidden, self._head), hidden
+
+    def _decode(self) -> None:
+        drawn, window = [], 1
+        while len(drawn) < window:
+            if not self._grow(bool(drawn)):
+                break
+            batch = self.batch
+            batch.compose()
+            if not drawn and self.window > 1 and not batch.flags & columns.ATTENDED:
+                window = max(1, min(self.window, int((batch.ints[columns.ROOM] - batch.ints[columns.STEP])[:batch.size].min()) - 1))
+            positions, slots, rows = batch.advance()
+            try:
+                drawn.append(self._draw(*self._run_rows(batch.token[:batch.size], positions, slots, rows), 0))
+            except BaseException:  # the step never was
+                batch.ints[:columns.STEP + 1, :batch.size] -= 1
+                if drawn:
+                    self._harvest(0, drawn)
+                raise
+        if drawn:
+            self._harvest(0, drawn)
+
+    def _grow(self, fixed: bool) -> bool:
+        """A page for every row that has filled its last one; while there is none, the youngest row is put off. Returns whether rows can
+        go on; where they are ``fixed``, because their tokens were not looked at yet, none is put off."""
+        while self.batch.size:
+            full = self.batch.full()
+            pages = self._take(len(full)) if len(full) else None
+            if pages is None and len(full):
+                if fixed:
+                    return False
+                self._put_off(self.batch.size - 1)
+                self._crowded = True
+                continue
+            if len(full):
+                self.batch.add_pages(full, pages)
+            return True
+        return False
+
+    def _put_off(self, row: int) -> None:
+        """The last row goes back to the head of the queue with what it has drawn, and will be recomputed."""
+        handle, count = self.batch.handles[row], int(self.batch.ints[columns.STEP, row]) + 1
+        drawn, marks = self.batch.drawn(row, count)
+        self._give_up_pages(row, count)
+        handle.drawn, handle.marks = drawn, marks
+        self.batch.keep(np.arange(row))
+        self.waiting.appendleft(handle)
+
+    def _give_up_pages(self, row: int, count: int) -> None:
+        """Leave a row's full pages to the tree; the last of its ``count`` tokens has no key yet."""
+        batch, handle = self.batch, self.batch.handles[row]
+        pages = batch.pages(row)
+        if self.keep:
+            ids = np.concatenate((handle.prompt, batch.ids[batch.ints[columns.RECORD, row], :count - 1]))
+            own = self.tree.insert(ids, pages)
+            pages = np.concatenate((np.asarray(own, np.int32), pages[len(own):]))
+        self.pool.release(pages)
+
+    def _harvest(self, low: int, drawn: list) -> None:
+        """Look at what was drawn for rows from ``low`` on, in one step or several: (tokens (R,), marks (M, R), top) each."""
+        batch = self.batch
+        ints = batch.ints[:, low:batch.size]
+        tokens = torch.stack([t for t, *_ in drawn]).cpu().numpy() if len(drawn) > 1 else drawn[0][0].cpu().numpy()[None]
+        marks = torch.stack([m for _, m, _ in drawn], 1).cpu().numpy() if len(drawn) > 1 else drawn[0][1].cpu().numpy()[:, None]
+        if tokens.min() < 0:
+            raise ValueError("engine: the model's logits are no distribution")
+        steps = ints[columns.STEP] + np.arange(1 - len(tokens), 1)[:, None]  # (K, R)
+        batch.ids[ints[columns.RECORD], steps] = tokens
+        batch.marks[:len(marks), ints[columns.RECORD], steps] = marks
+        stopped = batch.stop_bits[ints[columns.STOPS], tokens]
+        ended = stopped | (steps + 1 >= ints[columns.ROOM])
+        for row in batch.attended:
+            if row >= low and self._attend(batch.handles[row], row - low, int(tokens[0, row - low]), bool(ended[0, row - low]), drawn[0][2]):
+                stopped[0, row - low] = ended[0, row - low] = True
+        if ended.any():
+            rows = ended.any(0).nonzero()[0]
+            first = ended[:, rows].argmax(0)
+            self._leave((low + rows).tolist(), (steps[first, rows] + 1).tolist(),
+                        ["stop" if s else "length" for s in stopped[first, rows]])
+
+    def _attend(self, handle: Handle, row: int, token: int, ended: bool, top) -> bool:
+        """What has to happen for this request before its next token; returns whether that ends it. An error ends it alone."""
+        request, stop = handle.request, False
+        try:
+            if request.top_logprobs:
+                ids, values = (x[row, :request.top_logprobs].tolist() for x in top)
+                handle.top.append(list(zip(ids, values)))
+            if request.on_token is not None:
+                request.on_token(token)
+            if handle.text is not None:
+                piece, stop = handle.text.push(token)
+                handle.say(piece)
+            if request.constraint is not None and not (ended or stop):
+                handle.advance(token)
+        except BaseException as error:
+            handle.error, stop = error, True
+        return stop
+
+    def _leave(self, rows: List[int], counts: List[int], reasons: List[str]) -> None:
+        """End these rows, with so many tokens each."""
+        for row, count, reason in zip(rows, counts, reasons):
+            handle, (ids, marks) = self.batch.handles[row], self.batch.drawn(row, count)
+            self._give_up_pages(row, count)
+            self._complete(handle, ids, marks, reason)
+        self.batch.keep(np.setdiff1d(np.arange(self.batch.size), rows))
+        self._crowded = False
+
+    def _complete(self, handle: Handle, ids: np.ndarray, marks: Optional[np.ndarray], reason: str) -> None:
+        try:
+            handle.complete(ids, marks, reason, self.tokenizer)
+        except BaseException as error:
+            handle.error = error

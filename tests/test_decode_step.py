@@ -1,0 +1,176 @@
+"""ops.decode_step: a token of every row through all layers at once, checked against the layers one by one in fp64."""
+
+import math
+
+import pytest
+import torch
+
+from nanorlhf import ops
+from nanorlhf.config import ModelConfig
+from nanorlhf.engine.cache import PagedCache, Rows, packed_decoder
+from nanorlhf.model import Model
+from nanorlhf.ops import backend
+from test_backend import ISAS, python
+from tiny import model
+
+SHAPES = [
+    dict(vocab_size=23, hidden_size=16, heads=2, kv_heads=1, head_size=8, intermediate_size=24),
+    dict(vocab_size=77, hidden_size=33, heads=3, kv_heads=3, head_size=6, intermediate_size=50, qk_norm=False),
+    dict(vocab_size=131, hidden_size=64, heads=4, kv_heads=2, head_size=40, intermediate_size=96, tied=False),
+    dict(vocab_size=64, hidden_size=96, heads=3, kv_heads=3, head_size=64, intermediate_size=160, qk_norm=False, tied=False),
+]
+SIZE = 4  # tokens a page
+
+
+def nets(shape, dtype, seed=0):
+    """The same model in ``dtype`` and in fp64, of numbers that bf16 has."""
+    config = ModelConfig(**{"layers": 3, "context": 256, **shape})
+    made = [Model(config, dtype=d, seed=seed).requires_grad_(False) for d in (dtype, torch.float64)]
+    g = torch.Generator().manual_seed(seed)
+    for (name, one), other in zip(made[0].named_parameters(), made[1].double().parameters()):
+        if one.ndim == 1:
+            one.copy_(1 + 0.3 * torch.randn(one.shape, generator=g))
+        elif "embed" in name:
+            one.mul_(25)
+        one.copy_(one.bfloat16())
+        other.copy_(one)
+    return made
+
+
+def step_of(net, rows, prefixes=(), seed=0):
+    """(arguments of PagedCache.logits after the decoder, k, v): ``rows`` of length 1 to 20 in pages in no order. Pools are NaN where
+    no token is; row b has prefix b % (G + 1) if there is one."""
+    g = torch.Generator().manual_seed(seed + rows)
+    c, G = net.config, len(prefixes)
+    lengths = torch.randint(1, 21, (rows,), generator=g)
+    counts = [*(-(-lengths // SIZE)).tolist(), *(-(-n // SIZE) for n in prefixes)]
+    order = torch.randperm(sum(counts) + 2, generator=g).int()
+    tables = torch.full((len(counts), max(counts) + 1), -9, dtype=torch.int32)
+    for row, part in zip(tables, order.split([*counts, 2])):
+        row[: len(part)] = part
+    pool = torch.full((2, c.layers, len(order), SIZE, c.kv_heads, c.head_size), math.nan)
+    for table, n in zip(tables, [*lengths.tolist(), *prefixes]):
+        for t in range(n):
+            pool[:, :, table[t // SIZE], t % SIZE] = torch.randn(2, c.layers, c.kv_heads, c.head_size, generator=g).bfloat16().float()
+    owner = torch.arange(rows).int() % (G + 1) - 1
+    before = torch.tensor([0, *prefixes])[owner.long() + 1]
+    last = lengths - 1
+    slots = tables[torch.arange(rows), last // SIZE].long() * SIZE + last % SIZE
+    prefix = (tables[rows:].contiguous(), torch.tensor(prefixes).int(), owner) if G else None
+    tokens = torch.randint(0, c.vocab_size, (rows,), generator=g)
+    return (tokens, before + last, slots, Rows(tables[:rows].contiguous(), lengths.int(), prefix)), pool
+
+
+def cache_of(net, pool):
+    cache = PagedCache(net, pool.shape[2], SIZE)
+    cache.k_pages.copy_(pool[0]), cache.v_pages.copy_(pool[1])
+    return cache
+
+
+def by_layers(net, arguments, pool):
+    """(logits, cache), in plain torch."""
+    cache, before = cache_of(net, pool), backend.force("reference")
+    try:
+        wide = torch.promote_types(net.compute_dtype, torch.float32)
+        hidden = cache.forward(net, *arguments[:3], rows=arguments[3])
+        return hidden.to(wide) @ net.head_weight.to(net.compute_dtype).to(wide).T, cache
+    finally:
+        backend.force(before)
+
+
+def at_once(net, arguments, pool):
+    cache = cache_of(net, pool)
+    return cache.logits(packed_decoder(net), *arguments), cache
+
+
+def check(shape, dtype, rows, prefixes=()):
+    net, exact_net = nets(shape, dtype)
+    arguments, pool = step_of(net, rows, prefixes)
+    (exact, exact_cache), (naive, naive_cache), (ours, cache) = (f(n, arguments, pool) for f, n in (
+        (by_layers, exact_net), (by_layers, net), (at_once, net)))  # fmt: skip
+    pages = [torch.stack((c.k_pages, c.v_pages)).flatten(2, 3) for c in (exact_cache, naive_cache, cache)]
+    written = [p[:, :, arguments[2]] for p in pages]
+    for z, y, x in ((exact, naive, ours), written):
+        error, allowed = (x.double() - z).abs().max(), (y.double() - z).abs().max()
+        assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * z.abs().max(), (shape, dtype, rows, error, allowed)
+    kept, given = (x.index_fill(2, arguments[2], 0).nan_to_num(7) for x in (pages[2], pool.flatten(2, 3).to(dtype)))
+    assert torch.equal(kept, given)
+
+
+EVERY = """
+import sys, torch
+from nanorlhf import _C
+from test_decode_step import SHAPES, alone_and_together, check
+
+assert _C.isa() == sys.argv[1]
+with torch.no_grad():
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in SHAPES:
+            for rows, prefixes in ((1, ()), (5, (8,)), (18, (4, 140)), (70, ())):
+                check(shape, dtype, rows, prefixes)
+            alone_and_together(shape, dtype, 70)
+"""
+
+
+def alone_and_together(shape, dtype, most):
+    """A row's logits are the same bits in every batch, on one thread and on two."""
+    net = nets(shape, dtype)[0]
+    (tokens, positions, slots, rows), pool = step_of(net, most)
+    threads, whole = torch.get_num_threads(), at_once(net, (tokens, positions, slots, rows), pool)[0]
+    for count in (1, 2, 3, 7, 16, 33, most):
+        torch.set_num_threads(1 + count % 2)
+        some = slice(most - count, most)
+        part = Rows(rows.pages[some].contiguous(), rows.lengths[some].contiguous())
+        ours = at_once(net, (tokens[some].contiguous(), positions[some].contiguous(), slots[some].contiguous(), part), pool)[0]
+        assert torch.equal(ours, whole[some]), (shape, dtype, count)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_is_as_exact_as_the_layers_and_a_row_is_the_same_in_every_batch(isa):
+    done = python(EVERY, isa, NANORLHF_ISA=isa)
+    assert done.returncode == 0, done.stderr
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_weights_are_those_of_the_next_step_once_packed(dtype):
+    net = nets(SHAPES[0], dtype)[0]
+    arguments, pool = step_of(net, 6)
+    decoder = packed_decoder(net)
+    for w in net.parameters():
+        w.mul_(0.9)
+    decoder.pack()
+    assert torch.equal(cache_of(net, pool).logits(decoder, *arguments), at_once(net, arguments, pool)[0])
+
+
+def test_what_goes_layer_by_layer():
+    assert packed_decoder(model()) is not None
+    assert packed_decoder(model(variant="gpt2", qk_norm=False)) is None
+    assert packed_decoder(Model(model().config, dtype=torch.float64).double()) is None
+    for setting, on, off in ((backend.deterministic, True, False), (backend.force, "reference", "auto")):
+        setting(on)
+        try:
+            assert packed_decoder(model()) is None
+        finally:
+            setting(off)
+
+
+@torch.no_grad()
+def test_inputs_that_do_not_fit_are_named():
+    net = model()
+    (tokens, positions, slots, rows), pool = step_of(net, 3, (4,))
+    cache, decoder = cache_of(net, pool), packed_decoder(net)
+    for arguments, message in (
+        ((tokens + 23, positions, slots, rows), r"expected tokens in \[0, 23\)"),
+        ((tokens, positions + 32, slots, rows), r"expected positions in \[0, 32\)"),
+        ((tokens, positions, slots - 999, rows), r"expected slots in \[0, "),
+        ((tokens, positions, slots, rows._replace(pages=rows.pages + 99)), r"expected pages in \[0, P - 1 = "),
+        ((tokens, positions, slots, rows._replace(lengths=rows.lengths + 99)), "expected lengths in"),
+        ((tokens.int(), positions, slots, rows), "expected tokens, positions and slots"),
+        ((tokens, positions[:2], slots, rows), "expected tokens, positions and slots"),
+    ):
+        with pytest.raises(ValueError, match="decode_step: " + message):
+            cache.logits(decoder, *arguments)
+    with pytest.raises(ValueError, match="expected k_pages and v_pages"):
+        ops.decode_step(decoder, tokens, positions, slots, cache.k_pages.double(), cache.v_pages, rows.pages, rows.lengths)
