@@ -4,6 +4,7 @@ gradient and its dispatch. backend.py knows what can run here."""
 from nanorlhf.ops import backend, optim
 from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.attention_paged import attention_paged
+from nanorlhf.ops.divergence import token_divergence
 from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
 from nanorlhf.ops.linear import linear, weights_held
@@ -38,6 +39,7 @@ __all__ = [
     "sample",
     "softmax",
     "swiglu",
+    "token_divergence",
     "token_logprobs",
     "weights_held",
 ]
