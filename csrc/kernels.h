@@ -58,7 +58,7 @@ struct Kernels {
     HeadRows (*head_pack)(const HeadProblem& problem, uint16_t* memory);
     void (*head_backward)(const HeadProblem& problem, const HeadRows& hidden, int64_t begin, int64_t end, float* dhidden,
                           float* scratch);
-    // Columns [begin, end) of the left factor, a multiple of 32 from 0.
+    // Null where there is no AMX. The columns [begin, end) of x; begin is a multiple of 32.
     void (*outer)(const OuterProblem& problem, int64_t begin, int64_t end, float* scratch);
 };
 

@@ -9,11 +9,12 @@ struct OuterProblem {
     float* out;                   // (height, width), contiguous
 };
 
-constexpr int64_t OUTER_RUN = 512;  // rows at a time: a strip of both sides stays in the caches
+constexpr int64_t OUTER_RUN = 256;  // rows at a time
 constexpr int64_t outer_padded(int64_t columns) { return (columns + 31) / 32 * 32; }
-// Floats of scratch for `height` of the columns of x: both sides as they are packed and turned, and sums of whole tiles.
+// Floats of scratch for `height` of the columns of x: 32 rows of the wider side, both sides turned, and sums of whole tiles.
 constexpr int64_t outer_scratch(int64_t height, int64_t width) {
-    return (outer_padded(height) + outer_padded(width)) * OUTER_RUN + outer_padded(height) * outer_padded(width);
+    const int64_t rows = outer_padded(height), columns = outer_padded(width);
+    return 16 * (rows > columns ? rows : columns) + (rows + columns) * OUTER_RUN / 2 + rows * columns;
 }
 
 // Whether this CPU has a kernel for it.
