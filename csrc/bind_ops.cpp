@@ -197,6 +197,32 @@ void head(bool is_backward, int64_t row_count, int64_t vocabulary, int64_t dim, 
     (is_backward ? head_backward : head_forward)(p, num_threads);
 }
 
+using HeadModel = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // dim, hidden, weight, logprob, entropy, lse
+
+void head_both(int64_t row_count, int64_t vocabulary, uintptr_t targets, float temperature, const HeadModel& policy, const HeadModel& reference,
+               uintptr_t kl, int num_threads) {
+    const auto problem = [&](const HeadModel& m) {
+        HeadProblem p{};
+        p.rows = row_count, p.vocabulary = vocabulary, p.dim = std::get<0>(m), p.hidden = at<const uint16_t>(std::get<1>(m));
+        p.weight = at<const uint16_t>(std::get<2>(m)), p.targets = at<const int64_t>(targets), p.temperature = temperature;
+        p.logprob = at<float>(std::get<3>(m)), p.entropy = at<float>(std::get<4>(m)), p.lse = at<double>(std::get<5>(m));
+        return p;
+    };
+    check_targets(at<const int64_t>(targets), row_count, vocabulary);
+    head_divergence(problem(policy), problem(reference), at<float>(kl), num_threads);
+}
+
+void diverge(int64_t row_count, int64_t columns, uintptr_t logits, uintptr_t ref, float temperature, uintptr_t lse, uintptr_t ref_lse,
+             uintptr_t kl, int num_threads) {
+    divergence({row_count, columns, at<const float>(logits), at<const float>(ref), temperature, at<const double>(lse),
+                at<const double>(ref_lse), at<float>(kl)}, num_threads);
+}
+
+void outer_product(int64_t row_count, int64_t height, int64_t width, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride,
+                   uintptr_t out, int num_threads) {
+    outer({row_count, height, width, at<const uint16_t>(x), at<const uint16_t>(y), x_stride, y_stride, at<float>(out)}, num_threads);
+}
+
 void product(int64_t row_count, int64_t columns, int64_t depth, int dtype, int out_dtype, uintptr_t x, uintptr_t weight,
              uintptr_t bias, uintptr_t out, int num_threads) {
     matmul({row_count, columns, depth, dtype, out_dtype, at<const void>(x), at<const void>(weight), at<const float>(bias),
@@ -306,6 +332,10 @@ void bind_ops(py::module_& m) {
     m.def("loss", &loss, release(), "Fills logprob, entropy and lse, or overwrites logits with their gradient.");
     m.def("has_head", &has_head, "Whether this CPU has `head`.");
     m.def("head", &head, release(), "The loss from hidden states and weight in bf16, or both gradients in fp32.");
+    m.def("head_divergence", &head_both, release(), "`head` of policy and reference in one pass, and their KL.");
+    m.def("divergence", &diverge, release(), "KL of two rows of fp32 logits whose log-sum-exps are known: fills kl.");
+    m.def("has_outer", &has_outer, "Whether this CPU has `outer`.");
+    m.def("outer", &outer_product, release(), "x^T y of bf16 in fp32: fills out.");
     m.def("norm", &norm, release(), "RMSNorm: fills y, scale and, with a residual, total; or dx and dweight.");
     m.def("matmul", &product, release(), "x w^T + bias with one order of summation: fills out.");
     m.def("gae", &scan, release(), "Fills advantages and returns.");

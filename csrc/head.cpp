@@ -11,15 +11,30 @@
 
 bool has_head() { return kernels().head_forward != nullptr; }
 
-void head_forward(const HeadProblem& p, int num_threads) {
-    const int64_t tasks = head_padded(p.rows) / HEAD_TOKENS;
+namespace {
+
+// kernel(begin, end, scratch) of each task's tokens.
+template <class F>
+void each_task(int64_t rows, int64_t floats, int num_threads, F&& kernel) {
+    const int64_t tasks = head_padded(rows) / HEAD_TOKENS;
     if (!tasks) return;
     const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), tasks));
-    Scratch scratch(threads, head_forward_scratch(p.dim));
-    const auto kernel = kernels().head_forward;
+    Scratch scratch(threads, floats);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t task = 0; task < tasks; ++task)
-        kernel(p, task * HEAD_TOKENS, std::min(p.rows, (task + 1) * HEAD_TOKENS), scratch.slice(omp_get_thread_num()));
+        kernel(task * HEAD_TOKENS, std::min(rows, (task + 1) * HEAD_TOKENS), scratch.slice(omp_get_thread_num()));
+}
+
+}  // namespace
+
+void head_forward(const HeadProblem& p, int num_threads) {
+    each_task(p.rows, head_forward_scratch(p.dim), num_threads,
+              [&, kernel = kernels().head_forward](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
+}
+
+void head_divergence(const HeadProblem& p, const HeadProblem& ref, float* kl, int num_threads) {
+    each_task(p.rows, head_forward_scratch(p.dim) + head_forward_scratch(ref.dim), num_threads,
+              [&, kernel = kernels().head_divergence](int64_t begin, int64_t end, float* scratch) { kernel(p, ref, kl, begin, end, scratch); });
 }
 
 namespace {

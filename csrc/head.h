@@ -34,5 +34,7 @@ constexpr int64_t head_backward_scratch(int64_t dim, int64_t words) {
 // Whether this CPU has kernels for it.
 bool has_head();
 void head_forward(const HeadProblem& problem, int num_threads);
+// The same of two models with their own dims, bit for bit, in one pass, and kl (rows,): KL(policy || reference) of each row in nats.
+void head_divergence(const HeadProblem& policy, const HeadProblem& reference, float* kl, int num_threads);
 // The order of the sums, and with it their rounding, depends on the number of threads.
 void head_backward(const HeadProblem& problem, int num_threads);

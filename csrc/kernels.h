@@ -17,6 +17,7 @@
 #include "norm.h"
 #include "ppo_loss.h"
 #include "optim.h"
+#include "outer.h"
 #include "rope.h"
 #include "sample.h"
 #include "softmax.h"
@@ -34,6 +35,7 @@ struct Kernels {
     void (*softmax_backward)(const SoftmaxProblem& problem, int64_t begin, int64_t end);
     void (*loss_forward)(const LossProblem& problem, int64_t begin, int64_t end);
     void (*loss_backward)(const LossProblem& problem, int64_t begin, int64_t end);
+    void (*divergence)(const DivergenceProblem& problem, int64_t begin, int64_t end);
     void (*norm_forward)(const NormProblem& problem, int64_t begin, int64_t end);
     // Adds to `dweight`, whose room is a whole number of registers.
     void (*norm_backward)(const NormProblem& problem, int64_t begin, int64_t end, float* dweight);
@@ -56,9 +58,12 @@ struct Kernels {
     void (*decode_product)(const PackedProduct& problem, int64_t row, int64_t row_end, int64_t column, int64_t column_end);
     // Null where there are no products of bf16.
     void (*head_forward)(const HeadProblem& problem, int64_t begin, int64_t end, float* scratch);
+    void (*head_divergence)(const HeadProblem& policy, const HeadProblem& reference, float* kl, int64_t begin, int64_t end, float* scratch);
     HeadRows (*head_pack)(const HeadProblem& problem, uint16_t* memory);
     void (*head_backward)(const HeadProblem& problem, const HeadRows& hidden, int64_t begin, int64_t end, float* dhidden,
                           float* scratch);
+    // Null where there is no AMX. The columns [begin, end) of x; begin is a multiple of 32.
+    void (*outer)(const OuterProblem& problem, int64_t begin, int64_t end, float* scratch);
 };
 
 extern const Kernels kernels_portable;

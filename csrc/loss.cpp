@@ -15,3 +15,9 @@ void loss_backward(const LossProblem& problem, int num_threads) {
     parallel_rows(problem.rows, problem.columns, num_threads,
                   [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
 }
+
+void divergence(const DivergenceProblem& problem, int num_threads) {
+    const auto kernel = kernels().divergence;
+    parallel_rows(problem.rows, problem.columns, num_threads,
+                  [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
+}

@@ -16,3 +16,14 @@ struct LossProblem {
 
 void loss_forward(const LossProblem& problem, int num_threads);
 void loss_backward(const LossProblem& problem, int num_threads);
+
+// KL(softmax(logits / T) || softmax(ref / T)) of each row in nats, from the log-sum-exps that loss_forward found.
+struct DivergenceProblem {
+    int64_t rows, columns;
+    const float *logits, *ref;  // (rows, columns), contiguous
+    float temperature;
+    const double *lse, *ref_lse;  // (rows,)
+    float* kl;                    // (rows,)
+};
+
+void divergence(const DivergenceProblem& problem, int num_threads);

@@ -5,6 +5,7 @@ from nanorlhf.ops import backend, optim
 from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.attention_paged import attention_paged
 from nanorlhf.ops.decode_step import PackedDecoder, decode_step
+from nanorlhf.ops.divergence import token_divergence
 from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
 from nanorlhf.ops.linear import linear, weights_held
@@ -41,6 +42,7 @@ __all__ = [
     "sample",
     "softmax",
     "swiglu",
+    "token_divergence",
     "token_logprobs",
     "weights_held",
 ]

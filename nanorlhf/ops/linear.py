@@ -1,5 +1,5 @@
 """Linear maps whose fp32 master weights are cast to the input's type, several of one input as one product. Plain torch, but
-for the forward product where backend.deterministic is on."""
+for the forward product where backend.deterministic is on, and the gradient of a weight in bf16 on a CPU that multiplies it."""
 
 import threading
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from nanorlhf import _C
 from nanorlhf.ops import backend
-from nanorlhf.ops.matmul import matmul
+from nanorlhf.ops.matmul import has_outer, matmul, outer
 
 
 FEW_ROWS = 64  # on AMX torch's product of bf16 takes two to five times as long as ours for fewer rows, and as long for twice as many
@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
                 dx.addmm_(*other)
             dx = dx.view(x.shape)
         if any(ctx.needs_input_grad[2:]):
-            made = [(part.T @ flat).to(ctx.dtypes[0]) for part in parts]
+            made = [(outer(part, flat) if has_outer(part, flat) else part.T @ flat).to(ctx.dtypes[0]) for part in parts]
             made = made if whole is None else made[0].split(ctx.sizes)
             biases = [part.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) for part in apart[: len(ctx.dtypes) - len(made)]]
             gradients = [g.to(dtype) for g, dtype in zip([*made, *biases], ctx.dtypes, strict=True)]

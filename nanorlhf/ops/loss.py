@@ -49,8 +49,8 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
     >>> bool(((logprobs + math.log(4)).abs() < 1e-6).all() and ((entropy - math.log(4)).abs() < 1e-6).all())
     True
     """
-    _validate_head("token_logprobs", hidden, weight)
-    _validate("token_logprobs", hidden, targets, temperature)
+    validate_head("token_logprobs", hidden, weight)
+    validate("token_logprobs", hidden, targets, temperature)
     return _head_outputs(hidden, weight, targets, temperature)[:2]
 
 
@@ -64,7 +64,7 @@ def cross_entropy(hidden, weight, targets, z_loss=0.0, ignore_index=-100):
     >>> round(cross_entropy(torch.ones(2, 8), torch.zeros(4, 8), torch.tensor([1, -100]), z_loss=0.1).item(), 4)
     1.5785
     """
-    _validate_head("cross_entropy", hidden, weight)
+    validate_head("cross_entropy", hidden, weight)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"cross_entropy: expected targets of shape ({hidden.shape[0]},), got {tuple(targets.shape)}")
     counted = targets != ignore_index
@@ -72,7 +72,7 @@ def cross_entropy(hidden, weight, targets, z_loss=0.0, ignore_index=-100):
         raise ValueError("cross_entropy: expected at least one target that counts, got none")
     if not counted.all():
         hidden, targets = hidden[counted], targets[counted]
-    _validate("cross_entropy", hidden, targets, 1.0)
+    validate("cross_entropy", hidden, targets, 1.0)
     logprobs, _, lse = _head_outputs(hidden, weight, targets, 1.0)
     return (z_loss * lse.square() - logprobs).mean() if z_loss else -logprobs.mean()
 
@@ -97,7 +97,7 @@ def logits_logprobs(logits, targets, temperature=1.0):
     """
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits_logprobs: expected logits of shape (N, V), got {tuple(logits.shape)}")
-    _validate("logits_logprobs", logits, targets, temperature)
+    validate("logits_logprobs", logits, targets, temperature)
     if not backend.use_native("logits_logprobs", logits):
         return logits_logprobs_reference(logits, targets, temperature)
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -118,7 +118,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         most = KEEP_BYTES if backend.on_cpu(hidden) else head.KEPT_BYTES
-        keep = 4 * hidden.shape[0] * weight.shape[0] <= most and not _fused(hidden)
+        keep = 4 * hidden.shape[0] * weight.shape[0] <= most and not fused(hidden)
         logprobs, entropy, lse, logits = _forward_op(hidden, weight, targets, temperature, keep)
         ctx.save_for_backward(hidden, weight, targets, entropy, lse, logits)
         ctx.temperature = temperature
@@ -145,13 +145,13 @@ class _LogitsLogprobs(torch.autograd.Function):
         return _logits_backward_op(logprob_grad, entropy_grad, *ctx.saved_tensors, ctx.temperature), None, None
 
 
-def _chunks(N, V):
+def row_chunks(N, V):
     """(rows of a chunk, its slices)."""
     rows = max(1, min(N, CHUNK_BYTES // (4 * V) or 1))
     return rows, [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
 
 
-def _fused(hidden):
+def fused(hidden):
     """Whether the kernels that never form the logits take it: bf16, on a CPU that multiplies bf16."""
     return backend.on_cpu(hidden) and hidden.dtype == torch.bfloat16 and hidden.shape[1] and hidden.shape[1] % 32 == 0 and _C.has_head()
 
@@ -164,24 +164,24 @@ def _head(is_backward, hidden, weight, targets, temperature, logprobs, entropy, 
     )  # fmt: skip
 
 
-def _logits(hidden, weight, out):
+def chunk_logits(hidden, weight, out):
     return fill(out, hidden, weight) if backend.is_deterministic() else torch.mm(hidden, weight.T, out=out)
 
 
 def _forward(hidden, weight, targets, temperature, keep):
     if not backend.on_cpu(hidden):
         return head.forward(hidden, weight, targets, temperature, keep)
-    if _fused(hidden):
+    if fused(hidden):
         logprobs, entropy, lse = rows_like(hidden)
         _head(False, hidden, weight, targets.contiguous(), temperature, logprobs, entropy, lse, (lse,) * 3, (lse,) * 2)
         return logprobs, entropy, lse, torch.empty(0, weight.shape[0])
     hidden, weight, targets = hidden.detach().float(), weight.detach().float(), targets.contiguous()
     logprobs, entropy, lse = rows_like(hidden)
-    rows, chunks = _chunks(hidden.shape[0], weight.shape[0])
+    rows, chunks = row_chunks(hidden.shape[0], weight.shape[0])
     kept = torch.empty(hidden.shape[0] if keep else 0, weight.shape[0])
     buffer = None if keep else torch.empty(rows, weight.shape[0])
     for at in chunks:
-        logits = _logits(hidden[at], weight, kept[at] if keep else buffer[: at.stop - at.start])
+        logits = chunk_logits(hidden[at], weight, kept[at] if keep else buffer[: at.stop - at.start])
         reduce_logits(False, logits, targets[at], temperature, logprobs[at], entropy[at], lse[at], (lse,) * 3)
     return logprobs, entropy, lse, kept
 
@@ -191,19 +191,19 @@ def _backward(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, ent
         return head.backward(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, entropy, lse, kept, temperature)
     grads = [g.contiguous() for g in (logprob_grad, entropy_grad, lse_grad)]
     targets, dtypes = targets.contiguous(), (hidden.dtype, weight.dtype)
-    if _fused(hidden):
+    if fused(hidden):
         N, C = hidden.shape
         dhidden, dweight = torch.empty(-(-N // 128) * 128, C), torch.empty(weight.shape)
         _head(True, hidden, weight, targets, temperature, lse, entropy, lse, grads, (dhidden, dweight))
         return dhidden[:N].to(dtypes[0]), dweight.to(dtypes[1])
     hidden, weight = hidden.detach().float(), weight.detach().float()
     dhidden, dweight = torch.empty(hidden.shape), torch.zeros(weight.shape)
-    rows, chunks = _chunks(hidden.shape[0], weight.shape[0])
+    rows, chunks = row_chunks(hidden.shape[0], weight.shape[0])
     buffer = torch.empty(rows, weight.shape[0])
     for at in chunks:
         logits = buffer[: at.stop - at.start]
         # A copy in the cache, so that a second backward finds the logits as they were.
-        logits.copy_(kept[at]) if kept.shape[0] else _logits(hidden[at], weight, logits)
+        logits.copy_(kept[at]) if kept.shape[0] else chunk_logits(hidden[at], weight, logits)
         reduce_logits(True, logits, targets[at], temperature, lse, entropy[at], lse[at], [g[at] for g in grads])
         torch.mm(logits, weight, out=dhidden[at])  # the logits are their gradient now
         dweight.addmm_(logits.T, hidden[at])
@@ -224,7 +224,7 @@ def _logits_backward(logprob_grad, entropy_grad, logits, targets, entropy, lse, 
     return grad
 
 
-def _validate_head(op, hidden, weight):
+def validate_head(op, hidden, weight):
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] < 1:
         raise ValueError(
             f"{op}: expected hidden of shape (N, C) and weight of shape (V, C), "
@@ -232,7 +232,7 @@ def _validate_head(op, hidden, weight):
         )
 
 
-def _validate(op, rows, targets, temperature):
+def validate(op, rows, targets, temperature):
     if targets.shape != rows.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"{op}: expected targets of shape ({rows.shape[0]},) in int64, got {tuple(targets.shape)} in {targets.dtype}"

@@ -1,7 +1,9 @@
-"""Matrix products with one order of summation, whatever the batch. Native on CPUs and GPUs (csrc/matmul.h)."""
+"""Matrix products with one order of summation, whatever the batch. Native on CPUs and GPUs (csrc/matmul.h); and the product that
+gives the gradient of a weight, by AMX or in AVX-512 (csrc/outer.h)."""
 
 import torch
 
+from nanorlhf import _C
 from nanorlhf.ops import backend
 
 
@@ -31,6 +33,23 @@ def matmul_reference(x, weight, bias=None, dtype=None):
     return torch.nn.functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(dtype or x.dtype)
 
 
+def outer(x, y):
+    """xᵀ · y in fp32, without gradient: x (N, R) and y (N, C) → (R, C), for what ``has_outer`` says is so; any stride between rows."""
+    return _outer_op(x.detach(), y.detach())
+
+
+def has_outer(x, y):
+    """Whether ``outer`` takes these: bf16, on a CPU that multiplies it, the elements of a row side by side."""
+    fits = all(t.dtype == torch.bfloat16 and backend.on_cpu(t) and t.dim() == 2 and t.stride(1) == 1 for t in (x, y))
+    return fits and len(x) == len(y) and _C.has_outer()
+
+
+def _outer(x, y):
+    out = torch.empty(x.shape[1], y.shape[1])
+    _C.outer(*x.shape, y.shape[1], x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
 def fill(out, x, weight, bias=None):
     """The native product into ``out``, contiguous; returns it."""
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous()
@@ -46,4 +65,7 @@ _op = backend.define(
     "matmul(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor",
     lambda x, weight, bias, dtype: fill(x.new_empty(*x.shape[:-1], len(weight), dtype=dtype), x, weight, bias),
     lambda x, weight, bias, dtype: x.new_empty(*x.shape[:-1], len(weight), dtype=dtype),
+)
+_outer_op = backend.define(
+    "outer(Tensor x, Tensor y) -> Tensor", _outer, lambda x, y: x.new_empty(x.shape[1], y.shape[1], dtype=torch.float32)
 )

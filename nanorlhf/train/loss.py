@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import gae, ppo_policy_loss, ppo_value_loss  # noqa: F401  what the stages take from here
+from ..ops import gae, ppo_policy_loss, ppo_value_loss, token_divergence  # noqa: F401  what the stages take from here
 from ..ops.ppo_loss import policy_loss, value_loss  # noqa: F401  the same losses as they are read in the papers
 
 
@@ -108,19 +108,14 @@ class AdaptiveKL:
 def full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, temperature: float = 1.0) -> Tensor:
     """(M,) float32, nats: KL(policy ‖ reference) at every state, summed over the whole vocabulary: nothing in it is sampled.
 
-    hidden, ref_hidden (M, C) and (M, C'), weight (V, C), ref_weight (V, C'); logits are divided by the temperature. Some states
-    at a time, so that the memory is that of 2048 rows of logits.
+    hidden, ref_hidden (M, C) and (M, C'), weight (V, C), ref_weight (V, C'); logits are divided by the temperature. No gradient;
+    never all logits at once (``ops.token_divergence``, which has the log-probs of both from the same pass).
 
     >>> even, sure = torch.zeros(1, 2), torch.tensor([[1.0986, 0.0]])  # chances ½, ½ and ¾, ¼
     >>> round(float(full_kl(even, torch.eye(2), sure, torch.eye(2))), 3)  # ½ ln(½ / ¾) + ½ ln(½ / ¼)
     0.144
     """
-    parts = []
-    for at in range(0, len(hidden), 2048):
-        p, q = ((h[at:at + 2048].float() @ w.float().T / temperature).log_softmax(-1)
-                for h, w in ((hidden, weight), (ref_hidden, ref_weight)))
-        parts.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(parts) if parts else torch.zeros(0, device=hidden.device)
+    return token_divergence(hidden, weight, ref_hidden, ref_weight, torch.zeros_like(hidden[:, 0], dtype=torch.int64), temperature)[3]
 
 
 def kl_loss(logprobs: Tensor, ref: Tensor, kind: str) -> Tensor:

@@ -15,7 +15,7 @@ from ..config import RLConfig
 from ..engine import SamplingConfig, generate
 from ..engine.generate import ragged
 from ..model import Model
-from .loss import full_kl, sum_by_sequence
+from .loss import sum_by_sequence
 from .objective import importance_weights, sampler_kl
 
 
@@ -102,14 +102,14 @@ def roll_out(policy: Model, ref: Model, value: Optional[Callable], judge: Judge,
     action, _ = ragged([[0] * len(p) + [1] * len(c.ids) for p, c in zip(starts, drawn)], policy.device)
     where = torch.nonzero(action).squeeze(-1) - 1
     hidden, ref_hidden = policy(tokens, cu_seqlens)[where], ref(tokens, cu_seqlens)[where]
-    logprobs, entropy = ops.token_logprobs(hidden, policy.head_weight, tokens[where + 1], config.temperature)
-    ref_logprobs, _ = ops.token_logprobs(ref_hidden, ref.head_weight, tokens[where + 1], config.temperature)
+    logprobs, entropy, ref_logprobs, full_kl = ops.token_divergence(
+        hidden, policy.head_weight, ref_hidden, ref.head_weight, tokens[where + 1], config.temperature)
     finished = torch.tensor([c.finished for c in drawn], dtype=torch.bool, device=policy.device)
     part = Rollout(
         tokens, cu_seqlens, where, ragged([c.ids for c in drawn], policy.device)[1], logprobs, ref_logprobs,
         torch.zeros(0, device=policy.device) if value is None else value(tokens, cu_seqlens, where),
         end_rule(scores, finished, config), finished, torch.tensor([x for c in drawn for x in c.logprobs], device=policy.device),
-        entropy, full_kl(hidden, policy.head_weight, ref_hidden, ref.head_weight, config.temperature))
+        entropy, full_kl)
     return merged([r.to(policy.device) for r in parallel.gather(part.to("cpu"))]) if parallel.size() > 1 else part
 
 
@@ -138,17 +138,23 @@ def end_rule(scores: Tensor, finished: Tensor, config: RLConfig) -> Tensor:
 
 def episodes(rollout: Rollout, chosen: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The part of a rollout that some episodes make: tokens, cu_seqlens, where, and their actions' indices (M',)."""
-    pick = torch.as_tensor(chosen)
-    bounds, actions = rollout.cu_seqlens.tolist(), rollout.cu_actions.tolist()
-    spans = [torch.arange(bounds[i], bounds[i + 1]) for i in pick]
-    index = torch.cat([torch.arange(actions[i], actions[i + 1]) for i in pick])
-    lengths = torch.tensor([len(s) for s in spans])
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    moved = torch.cat([torch.full((actions[i + 1] - actions[i],), int(cu_seqlens[j]) - bounds[i])
-                       for j, i in enumerate(pick)])
-    device = rollout.tokens.device
-    return (rollout.tokens[torch.cat(spans).to(device)], cu_seqlens.to(device, torch.int32),
+    device, pick = rollout.tokens.device, torch.as_tensor(chosen, dtype=torch.int64)
+    cu_seqlens, inside = spans(rollout.cu_seqlens.cpu(), pick)
+    cu_actions, index = spans(rollout.cu_actions.cpu(), pick)
+    moved = (cu_seqlens[:-1] - rollout.cu_seqlens.cpu()[pick]).repeat_interleave(cu_actions.diff())
+    return (rollout.tokens[inside.to(device)], cu_seqlens.to(device, torch.int32),
             rollout.where[index.to(device)] + moved.to(device), index.to(device))
+
+
+def spans(bounds: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
+    """The segments ``pick`` of those that bounds (B+1,) bound: their bounds end to end, and the indices (M',) of what is in them.
+
+    >>> [x.tolist() for x in spans(torch.tensor([0, 2, 2, 5]), torch.tensor([2, 0]))]
+    [[0, 3, 5], [2, 3, 4, 0, 1]]
+    """
+    lengths = bounds.diff()[pick].long()
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return ends, torch.arange(int(ends[-1])) + (bounds[pick] - ends[:-1]).repeat_interleave(lengths)
 
 
 def importance(rollout: Rollout, cap: float) -> Tensor:
