@@ -1,12 +1,16 @@
 """Microseconds a token mask of constrained output takes, ours and llguidance's in turns at every token of the same texts.
 
     pip install -e ".[bench]" && python bench/bench_constrain.py --json FILE [--texts 20]
+    python bench/bench_constrain.py --decoding [--json FILE]
 
 New text: every token of a text with a new automaton (a new matcher); first seen: of these, the states of ours that the text meets for
 the first time; seen: the same text again on the same automaton. The masks are compared bit by bit on the way. One thread; the vocabularies are trained
 on Python's library. llguidance is called by fill_next_token_bitmask, the fastest call that it has from Python, on a grammar
 without forced tokens, so that both compute the same mask. Every text is timed `REPEATS` times, each with automata of its own, and each
 token's least time counts, so that another program's turn on the processor is not counted.
+
+--decoding: milliseconds a token of `ROWS` requests decoded together by the engine with and without a constraint, in turns: the same untrained
+model, prompts and number of tokens. First: with an automaton that no text has met; again: with one that the same texts have met.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from pathlib import Path
 import llguidance
 import numpy as np
 import pytest
+import torch
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from nanorlhf.engine.constrain import Vocabulary, grammar, guidance_json_schema, guidance_lark, guidance_regex, json_schema, regex
@@ -27,9 +32,13 @@ from nanorlhf.engine.constrain.guidance import GuidanceConstraint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import constrained  # noqa: E402
-from timing import machine  # noqa: E402
+from nanorlhf.config import ModelConfig  # noqa: E402
+from nanorlhf.engine import Engine, Request  # noqa: E402
+from nanorlhf.model import Model  # noqa: E402
+from timing import in_turns, machine, middle_and_spread  # noqa: E402
 
 REPEATS = 3
+ROWS, PROMPT, NEW = 32, 64, 64  # of --decoding: requests, and tokens each
 WORDS = "the of value parser Ünïcode time river answer people with 日本 about state between many return new list".split()
 PERSON = {
     "type": "object", "additionalProperties": False, "required": ["name", "age", "tags", "home"],
@@ -151,6 +160,35 @@ def test_first_masks(benchmark, case):
     benchmark(first)
 
 
+def decoding(size, dtype, case):
+    """[row of each contender]: a text of a list of the case's that is longer than what is decoded."""
+    tokenizer = constrained.vocabulary(size)
+    schema = {"type": "array", "minItems": NEW, "items": {"object, free strings": PERSON, "object, bounded strings": BOUNDED}[case]}
+    ends, vocabulary, rng = constrained.ends(tokenizer), Vocabulary.of(tokenizer), random.Random(0)
+    model = Model(ModelConfig(vocab_size=size, layers=10, context=256)).requires_grad_(False)
+    model.compute_dtype = dtype
+    engine = Engine(model, slots=ROWS, pool_tokens=ROWS * (PROMPT + NEW), keep=False)
+    prompts = [[rng.randrange(size - 1) for _ in range(PROMPT)] for _ in range(ROWS)]
+    make = lambda: TokenConstraint(json_schema(schema), vocabulary, ends)
+    known = make()
+
+    def run(constraint):
+        made = [Request(prompt, NEW, seed=i, constraint=constraint) for i, prompt in enumerate(prompts)]
+        begun = time.perf_counter()
+        assert all(len(c.ids) == NEW for c in engine.run(made))
+        return 1e3 * (time.perf_counter() - begun) / NEW
+
+    took = in_turns({"free": lambda: run(None), "first": lambda: run(make()), "again": lambda: run(known)}, repeats=15)
+    rows = []
+    for name, ms in took.items():
+        middle, spread = middle_and_spread(ms)
+        slower, apart = middle_and_spread([100 * (mine / free - 1) for mine, free in zip(ms, took["free"])])
+        print(f"{size:6} {str(dtype)[6:]:9} {case:24} {name:6} {middle:7.3f} ms a token ± {spread:.3f}, {slower:+5.1f} ± {apart:.1f} %", flush=True)
+        rows.append({"vocabulary": size, "dtype": str(dtype), "case": case, "series": name, "ms": middle, "spread_ms": spread, "slower_percent": slower,
+                     "spread_percent": apart})
+    return rows
+
+
 def show(label, times):
     p50, p99 = np.quantile(times, [0.5, 0.99])
     return f"{label:24} p50 {p50:9.2f} us   p99 {p99:9.2f} us   mean {times.mean():9.2f} us   n {len(times)}", {
@@ -161,8 +199,19 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--json")
     parser.add_argument("--texts", type=int, default=20)
+    parser.add_argument("--decoding", action="store_true")
     given = parser.parse_args()
     print(json.dumps({**machine(), "llguidance": llguidance.get_version() if hasattr(llguidance, "get_version") else ""}))
+    if given.decoding:
+        rows = [row for size in (4096, 49152) for dtype in (torch.float32, torch.bfloat16) for case in list(CASES)[:2] for row in decoding(size, dtype, case)]
+    else:
+        rows = masks(given.texts)
+    if given.json:
+        Path(given.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+
+
+def masks(count):
+    """Rows of every case, at two sizes of vocabulary."""
     rows = []
     for size in (4096, 49152):
         tokens = list(constrained.vocabulary(size).vocabulary.tokens)
@@ -171,7 +220,7 @@ def main():
         print(f"\n{size} tokens; our trees of them {1e3 * (time.perf_counter() - begun):.0f} ms")
         together = {}
         for case in CASES:
-            found = measure(case, size, given.texts)
+            found = measure(case, size, count)
             for name, times in found.items():
                 together.setdefault(name, []).append(times)
             print(f"  {case}")
@@ -184,8 +233,7 @@ def main():
             line, figures = show(name, np.concatenate(times))
             rows.append({"vocabulary": size, "case": "all", "series": name, **figures})
             print("    " + line, flush=True)
-    if given.json:
-        Path(given.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    return rows
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Cases: ``batch1``, one prompt of 64 tokens; ``batch32``, 32 prompts of 16 to 128
 ``samples64``, 64 samples of one prompt of 512 tokens (there ``num_return_sequences``). Nothing ends a text early. Greedy, and sampled
 at temperature 1 from the whole softmax; ours also gives the log-prob of every token. A prompt's own pass is in the time.
 
-    python bench/bench_engine.py [--cases batch1,batch32,samples64] [--dtype fp32,bf16] [--modes greedy,sampled]
+    python bench/bench_engine.py [--cases batch1,batch32,samples64] [--dtype fp32,bf16] [--modes greedy,sampled] [--new 64]
                                  [--peers dynamic,static,compiled] [--repeats 7] [--memory] [--json FILE]
     python bench/bench_engine.py --profile samples64 --dtype bf16 --modes sampled
 
@@ -39,7 +39,7 @@ from timing import in_turns, machine, middle_and_spread
 
 HERE = Path(__file__).parent
 CONFIG = ModelConfig(layers=10, context=1024)  # the main run's model, deep enough for 5 million parameters
-NEW = 128  # tokens for each sequence
+NEW = 64  # tokens for each sequence, unless said otherwise: as in a step of RLOO in bench_rl_step.py
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 CASES = {"batch1": (1, 64, 64, 1), "batch32": (32, 16, 128, 1), "samples64": (1, 512, 512, 64)}  # prompts, their lengths, samples of each
 BARS = {"batch1": (5, 10), "batch32": (8, 15), "samples64": (10, 30)}  # times faster: demanded, aimed at
@@ -55,7 +55,7 @@ def prompts_of(case):
     return [[draw.randrange(1, CONFIG.vocab_size) for _ in range(n)] for n in lengths]
 
 
-def request(case, mode, new=NEW):
+def request(case, mode, new):
     return {"prompts": prompts_of(case), "n": CASES[case][3], "new": new, "sampled": mode == "sampled"}
 
 
@@ -94,10 +94,10 @@ def check(asked, dtype):
     return apart
 
 
-def same_texts(asked, case, dtype):
+def same_texts(asked, case, dtype, new):
     """The share of greedy texts that are Hugging Face's; AssertionError if too small for fp32."""
-    ids = [child.ask(**request(case, "greedy"))["ids"] for child in list(asked.values())[:2]]
-    assert all(len(row) == NEW for rows in ids for row in rows)
+    ids = [child.ask(**request(case, "greedy", new))["ids"] for child in list(asked.values())[:2]]
+    assert all(len(row) == new for rows in ids for row in rows)
     same = statistics.mean(a == b for a, b in zip(*ids, strict=True))
     assert dtype != "fp32" or same >= SAME_ROWS, f"{case}: {same:.0%} of the greedy texts agree"
     return same
@@ -105,7 +105,7 @@ def same_texts(asked, case, dtype):
 
 def compare(asked, case, dtype, mode, given):
     """One row for each contender, and one for the ratio to each peer."""
-    wanted, tokens = request(case, mode), CASES[case][0] * CASES[case][3] * NEW
+    wanted, tokens = request(case, mode, given.new), CASES[case][0] * CASES[case][3] * given.new
     took = in_turns({name: lambda child=child: child.ask(**wanted)[given.clock] for name, child in asked.items()}, given.repeats, warmups=1)
     rows = []
     for name, ms in took.items():
@@ -125,14 +125,14 @@ def faster(took, peer, where):
     return {**where, "peer": peer, "times_faster": middle, "spread": spread, "of_least": of_least, "bar": bar, "aim": aim}
 
 
-def memory(folder, dtype, mode, peers, case="samples64"):
+def memory(folder, dtype, mode, peers, new, case="samples64"):
     """MiB of each contender, and ours against the least peer's."""
     asked = children(folder, dtype, peers)
     found = {}
     for name, child in asked.items():
         with child:
             child.ask(**request("batch1", mode, new=8))
-            found[name] = child.ask(**request(case, mode), memory=True)["MiB"]
+            found[name] = child.ask(**request(case, mode, new), memory=True)["MiB"]
     less = min(MiB for name, MiB in found.items() if name != "nanorlhf") / found["nanorlhf"]
     print(f"{case:10} {dtype} {mode:8} memory: " + ", ".join(f"{name} {MiB:.0f} MiB" for name, MiB in found.items())
           + f"; {less:.1f} times less, bar {MEMORY_BAR}", flush=True)
@@ -140,7 +140,7 @@ def memory(folder, dtype, mode, peers, case="samples64"):
 
 
 def every_case(given):
-    found = {"machine": machine(), "config": CONFIG.__dict__, "new": NEW, "clock": given.clock, "rows": [], "ratios": [], "memory": [], "agreement": []}
+    found = {"machine": machine(), "config": CONFIG.__dict__, "new": given.new, "clock": given.clock, "rows": [], "ratios": [], "memory": [], "agreement": []}
     print(json.dumps(found["machine"]))
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), Model(CONFIG))
@@ -148,7 +148,7 @@ def every_case(given):
             asked = children(folder, dtype, given.peers)
             apart = check(asked, dtype)
             for case in given.cases:
-                same = same_texts(asked, case, dtype)
+                same = same_texts(asked, case, dtype, given.new)
                 found["agreement"].append({"case": case, "dtype": dtype, "logits_apart": apart, "same_greedy_texts": same})
                 print(f"{case:10} {dtype} logits at most {apart:.1e} of the largest apart; {same:.0%} of greedy texts the same", flush=True)
                 for mode in given.modes:
@@ -158,21 +158,21 @@ def every_case(given):
             for child in asked.values():
                 child.close()
             if given.memory:
-                found["memory"] += [memory(folder, dtype, mode, given.peers) for mode in given.modes]
+                found["memory"] += [memory(folder, dtype, mode, given.peers, given.new) for mode in given.modes]
     return found
 
 
-def profile(case, dtype, mode, rounds=3):
+def profile(case, dtype, mode, new, rounds=3):
     """Where the time of ours goes, by operator and by Python line of the call."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), Model(CONFIG))
         answer = contender(folder, DTYPES[dtype], torch.get_num_threads())
     for _ in range(2):
-        ms = answer(**request(case, mode))["wall"]
+        ms = answer(**request(case, mode, new))["wall"]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         for _ in range(rounds):
-            slow = answer(**request(case, mode))["wall"]
-    print(f"{case} {dtype} {mode}: {ms:.1f} ms, {ms / NEW:.3f} ms a token; {slow:.1f} ms under the profiler")
+            slow = answer(**request(case, mode, new))["wall"]
+    print(f"{case} {dtype} {mode}: {ms:.1f} ms, {ms / new:.3f} ms a token; {slow:.1f} ms under the profiler")
     for row in sorted(seen.key_averages(), key=lambda row: -row.self_cpu_time_total)[:30]:
         print(f"{row.self_cpu_time_total / rounds / 1e3:9.2f} ms {row.count / rounds:7.0f} calls  {row.key}")
 
@@ -182,7 +182,7 @@ def profile(case, dtype, mode, rounds=3):
 def test_engine(benchmark, tmp_path, case, name):
     save_model(tmp_path, Model(CONFIG))
     with children(tmp_path, "fp32", ["dynamic"] if name != "nanorlhf" else [])[name] as child:
-        benchmark.pedantic(child.ask, kwargs=request(case, "greedy"), rounds=3, warmup_rounds=1)
+        benchmark.pedantic(child.ask, kwargs=request(case, "greedy", NEW), rounds=3, warmup_rounds=1)
 
 
 def chosen(names):
@@ -205,6 +205,7 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", type=chosen(DTYPES), default=list(DTYPES))
     parser.add_argument("--modes", type=chosen(["greedy", "sampled"]), default=["greedy", "sampled"])
     parser.add_argument("--peers", type=chosen(["dynamic", "static", "compiled"]), default=["dynamic", "static"])
+    parser.add_argument("--new", type=int, default=NEW)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -214,7 +215,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.profile:
-        profile(given.profile, given.dtype[0], given.modes[0])
+        profile(given.profile, given.dtype[0], given.modes[0], given.new)
     else:
         found = every_case(given)
         if given.json:
