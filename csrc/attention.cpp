@@ -18,8 +18,9 @@ constexpr int64_t WORTH_THREADS = 65536;   // elements of keys, for each query: 
 
 int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-// Tasks, the heaviest first, so that no thread is left with a long one at the end.
-std::vector<AttentionTask> tasks_of(const AttentionProblem& p, int num_threads, bool backward) {
+}  // namespace
+
+std::vector<AttentionTask> attention_tasks(const AttentionProblem& p, int num_threads, bool backward) {
     std::vector<AttentionTask> tasks;
     const bool split_queries = !backward && p.batch * p.kv_heads < TASKS_PER_THREAD * num_threads;
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -34,6 +35,8 @@ std::vector<AttentionTask> tasks_of(const AttentionProblem& p, int num_threads, 
     });
     return tasks;
 }
+
+namespace {
 
 using Kernel = void (*)(const AttentionTask&, float*);
 
@@ -57,11 +60,11 @@ int64_t longest(const AttentionProblem& p) {
 }  // namespace
 
 void attention_forward(const AttentionProblem& p, int num_threads) {
-    run(tasks_of(p, num_threads, false), kernels().attention_forward,
+    run(attention_tasks(p, num_threads, false), kernels().attention_forward,
         attention_forward_scratch(longest(p), padded(p.head_dim)), num_threads);
 }
 
 void attention_backward(const AttentionProblem& p, int num_threads) {
-    run(tasks_of(p, num_threads, true), kernels().attention_backward,
+    run(attention_tasks(p, num_threads, true), kernels().attention_backward,
         attention_backward_scratch(longest(p), padded(p.head_dim)), num_threads);
 }

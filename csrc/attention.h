@@ -5,6 +5,7 @@
 // Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 struct Rows {  // (N, heads, D)
     void* data;
@@ -95,6 +96,8 @@ constexpr int64_t attention_backward_scratch(int64_t length, int64_t dim) {
     return of_floats > of_bf16 ? of_floats : of_bf16;
 }
 
+// The heaviest first, so that no thread is left with a long one at the end.
+std::vector<AttentionTask> attention_tasks(const AttentionProblem& problem, int num_threads, bool backward);
 void attention_forward(const AttentionProblem& problem, int num_threads);
 void attention_backward(const AttentionProblem& problem, int num_threads);
 // as_forward: with the bits that attention_forward gives a sequence's last query, by its kernel; slower.

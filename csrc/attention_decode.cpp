@@ -166,7 +166,9 @@ void attention_decode(const DecodeProblem& given, const DecodePages& pages, bool
     for (int64_t i = 0; i < first; ++i) table.attention_prefix(plan.tasks[i], scratch.slice(omp_get_thread_num()));
     const int64_t turn = std::clamp<int64_t>(count / (TASKS_PER_THREAD * threads(count)), 1, 4);
 #pragma omp parallel for schedule(dynamic, turn) num_threads(threads(count)) if (count * longest * p.head_dim > WORTH_THREADS)
-    for (int64_t i = 0; i < count; ++i)
-        (as_forward && p.spans[i / p.kv_heads].length ? decode_as_forward : table.attention_decode)(
-            p, i / p.kv_heads, i % p.kv_heads, scratch.slice(omp_get_thread_num()));
+    for (int64_t i = 0; i < count; ++i) {
+        float* own = scratch.slice(omp_get_thread_num());
+        if (as_forward && p.spans[i / p.kv_heads].length) decode_as_forward(p, i / p.kv_heads, i % p.kv_heads, own);
+        else table.attention_decode(p, i, i + 1, i + 1 < count ? i + 1 : -1, own);
+    }
 }

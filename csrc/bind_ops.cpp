@@ -141,24 +141,27 @@ void check_range(const int64_t* x, int64_t count, int64_t bound, const char* nam
 
 // shape: layers, hidden, inner, vocabulary, heads, kv_heads, head_dim; weights: embedding, table of layers, norm, head, cosines, sines.
 void step(const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& shape, int dtype, float eps, float scale,
-          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& weights, int64_t context, int64_t batch,
-          uintptr_t tokens, uintptr_t positions, uintptr_t slots, const Cache& k, const Cache& v, int64_t k_layer, int64_t v_layer,
+          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& weights, int64_t context, int64_t row_count,
+          uintptr_t tokens, uintptr_t positions, uintptr_t slots, int64_t sequences, uintptr_t cu_seqlens, int64_t batch, const Cache& k, const Cache& v, int64_t k_layer, int64_t v_layer,
           int64_t page_size, int64_t page_count, int64_t width, uintptr_t pages, uintptr_t lengths, int64_t prefixes, int64_t prefix_width,
-          uintptr_t prefix_pages, uintptr_t prefix_lengths, uintptr_t owner, uintptr_t logits, int num_threads) {
+          uintptr_t prefix_pages, uintptr_t prefix_lengths, uintptr_t owner, int64_t wanted, uintptr_t last, uintptr_t logits, int num_threads) {
     const auto& [layers, hidden, inner, vocabulary, heads, kv_heads, head_dim] = shape;
     const auto& [embedding, table, norm, head, cosines, sines] = weights;
     DecodeStep s{};
-    s.rows = batch, s.layers = layers, s.hidden = hidden, s.inner = inner, s.vocabulary = vocabulary, s.dtype = dtype, s.eps = eps;
+    s.rows = row_count, s.layers = layers, s.hidden = hidden, s.inner = inner, s.vocabulary = vocabulary, s.dtype = dtype, s.eps = eps;
     s.embedding = at<const float>(embedding), s.layer = at<const DecodeLayer>(table), s.norm = at<const float>(norm);
     s.head = at<const void>(head), s.cosines = at<const float>(cosines), s.sines = at<const float>(sines);
     s.tokens = at<const int64_t>(tokens), s.positions = at<const int64_t>(positions), s.slots = at<const int64_t>(slots);
     s.attention = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, {}, {}, k, v, prefixes, owner);
     s.pages = {at<const int32_t>(pages), at<const int32_t>(prefix_pages), at<const int32_t>(prefix_lengths), width, prefix_width, page_size,
                page_count};
-    s.k_layer = k_layer, s.v_layer = v_layer, s.logits = at<float>(logits);
-    check_range(s.tokens, batch, vocabulary, "tokens");
-    check_range(s.positions, batch, context, "positions");
-    check_range(s.slots, batch, page_count * page_size, "slots");
+    s.k_layer = k_layer, s.v_layer = v_layer, s.sequences = sequences, s.cu_seqlens = at<const int32_t>(cu_seqlens);
+    s.wanted = wanted, s.last = at<const int64_t>(last), s.logits = at<float>(logits);
+    if (sequences) check_cu_seqlens(s.cu_seqlens, sequences, row_count - batch, "decode_step");
+    check_range(s.tokens, row_count, vocabulary, "tokens");
+    check_range(s.positions, row_count, context, "positions");
+    check_range(s.slots, row_count, page_count * page_size, "slots");
+    if (last) check_range(s.last, wanted, row_count, "last");
     check_pages(s.attention, s.pages, "decode_step");
     decode_step(s, num_threads);
 }

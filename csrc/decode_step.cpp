@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -17,6 +20,7 @@ namespace {
 
 constexpr int64_t SERIAL_ROWS = 4;  // so few rows are normalised and turned by one thread, while the others wait
 constexpr int64_t ROWS_TOGETHER = 8;
+constexpr int64_t BLOCKS = 2;  // of PRODUCT_ROWS rows a thread, from which on each has blocks of its own
 
 // The threads of one call. Each calls the same functions in the same order; `next` and the barrier are shared.
 struct Meeting {
@@ -42,7 +46,31 @@ class Member {
             for (int64_t i = 0; i < count; ++i) work(i);
             return after();
         }
-        for (int64_t i; (i = meeting_.next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+        for (int64_t i; (i = take()) < count;) work(i);
+        meet(after);
+    }
+    template <class Work>
+    void each(int64_t count, Work&& work) {
+        each(count, work, [] {});
+    }
+    // work(i, next), where next is what this thread will work on then, if that is below count.
+    template <class Work>
+    void each_ahead(int64_t count, Work&& work) {
+        if (threads == 1) {
+            for (int64_t i = 0; i < count; ++i) work(i, i + 1);
+            return;
+        }
+        for (int64_t i = take(), next; i < count; i = next) next = take(), work(i, next);
+        meet([] {});
+    }
+
+    const int threads, index;
+
+  private:
+    int64_t take() { return meeting_.next.fetch_add(1, std::memory_order_relaxed); }
+    // after(), by the last to come; all wait for it.
+    template <class After>
+    void meet(After&& after) {
         const unsigned turn = meeting_.turn.load(std::memory_order_relaxed);
         if (meeting_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
             after();
@@ -54,14 +82,6 @@ class Member {
         // Where there are more threads than cores the last one may be waiting for this core.
         for (int spins = 0; meeting_.turn.load(std::memory_order_acquire) == turn; ++spins) spins < 2000 ? pause() : std::this_thread::yield();
     }
-    template <class Work>
-    void each(int64_t count, Work&& work) {
-        each(count, work, [] {});
-    }
-
-    const int threads, index;
-
-  private:
     Meeting& meeting_;
 };
 
@@ -76,23 +96,26 @@ struct Plane {
 
 class Step {
   public:
-    Step(const DecodeStep& given, DecodePlan& plan, Meeting& meeting, Scratch& scratch, float* memory)
-        : p(given), plan_(plan), table_(kernels()), meeting_(meeting), scratch_(scratch), scales_(memory) {
-        char* next = reinterpret_cast<char*>(memory + product_rows(p.rows));
+    Step(const DecodeStep& given, int threads)
+        : p(given), whole_(p.sequences ? p.cu_seqlens[p.sequences] : 0), by_blocks_(p.rows >= BLOCKS * PRODUCT_ROWS * threads),
+          plan_(p.attention, p.pages, false), table_(kernels()), memory_(1, floats()) {
+        scales_ = memory_.slice(0);
+        char* next = reinterpret_cast<char*>(scales_ + product_rows(p.rows));
         for (int i = 0; i < PLANES; ++i) {
-            planes_[i] = {next, product_depth(width(p, i)), size(p)};
+            planes_[i] = {next, product_depth(width(i)), size()};
             next += product_rows(p.rows) * planes_[i].stride * planes_[i].size;
-            if (planes_[i].stride != width(p, i)) std::memset(planes_[i].data, 0, next - planes_[i].data);
+            if (planes_[i].stride != width(i)) std::memset(planes_[i].data, 0, next - planes_[i].data);
         }
-        const int64_t D = p.attention.head_dim;
-        plan_.problem.q = {planes_[TURNED].data, planes_[TURNED].stride, D};
-        plan_.problem.out = {planes_[ATTENDED].data, planes_[ATTENDED].stride, D};
-    }
-
-    static int64_t floats(const DecodeStep& p) {
-        int64_t total = product_rows(p.rows);
-        for (int i = 0; i < PLANES; ++i) total += product_rows(p.rows) * product_depth(width(p, i)) * size(p) / 4;
-        return total;
+        const DecodeProblem& a = p.attention;
+        plan_.problem.q = heads_of(TURNED, whole_, 0), plan_.problem.out = heads_of(ATTENDED, whole_, 0);
+        lse_.resize(whole_ * a.heads);
+        within_ = {p.cu_seqlens, p.sequences, a.heads, a.kv_heads, a.head_dim, true, a.scale, p.dtype, false, heads_of(TURNED, 0, 0),
+                   heads_of(QKV, 0, a.heads), heads_of(QKV, 0, a.heads + a.kv_heads), heads_of(ATTENDED, 0, 0), lse_.data(), {}, {}, {}, {}, nullptr};
+        if (whole_) tasks_ = attention_tasks(within_, threads, false);
+        tasks_.insert(tasks_.end(), plan_.tasks.begin(), plan_.tasks.end());
+        int64_t longest = 0, width = (a.head_dim + 15) / 16 * 16;
+        for (int64_t i = 0; i < p.sequences; ++i) longest = std::max<int64_t>(longest, p.cu_seqlens[i + 1] - p.cu_seqlens[i]);
+        scratch_.emplace(threads, std::max({plan_.prefix_scratch, plan_.own_scratch, attention_forward_scratch((longest + 15) / 16 * 16, width)}));
     }
 
     void run(int threads, int index) {
@@ -101,29 +124,34 @@ class Step {
             embed(b);
             norm(b, STREAM, p.layer[0].input_norm, false);
         }, true);
+        const auto first = [&](int64_t l) { return stage(NORMED, p.layer[l].qkv, width(QKV), p.hidden, QKV, [this, l](int64_t b) { turn(b, l); }); };
+        through(team, {first(0)}, [&] { point(0); });
         for (int64_t l = 0; l < p.layers; ++l) {
+            attend(team);
             const DecodeLayer& w = p.layer[l];
-            product(team, NORMED, w.qkv, width(p, QKV), p.hidden, QKV, [&](int64_t b) { turn(b, l); }, [&] { point(l); });
-            if (!plan_.tasks.empty())
-                team.each(static_cast<int64_t>(plan_.tasks.size()),
-                          [&](int64_t i) { table_.attention_prefix(plan_.tasks[i], scratch_.slice(team.index)); });
-            team.each(p.rows * p.attention.kv_heads, [&](int64_t i) {
-                table_.attention_decode(plan_.problem, i / p.attention.kv_heads, i % p.attention.kv_heads, scratch_.slice(team.index));
-            });
-            product(team, ATTENDED, w.o, p.hidden, width(p, ATTENDED), BRANCH, [&](int64_t b) { norm(b, BRANCH, w.post_norm, true); });
-            product(team, NORMED, w.gate_up, 2 * p.inner, p.hidden, GATE_UP, [&](int64_t b) { gate(b); });
-            const float* next = l + 1 < p.layers ? p.layer[l + 1].input_norm : p.norm;
-            product(team, GATED, w.down, p.hidden, p.inner, BRANCH, [&](int64_t b) { norm(b, BRANCH, next, true); });
+            const bool last = l + 1 == p.layers;
+            const Stage o = stage(ATTENDED, w.o, p.hidden, width(ATTENDED), BRANCH, [&](int64_t b) { norm(b, BRANCH, w.post_norm, true); });
+            const Stage up = stage(NORMED, w.gate_up, 2 * p.inner, p.hidden, GATE_UP, [this](int64_t b) { gate(b); });
+            const float* next = last ? p.norm : p.layer[l + 1].input_norm;
+            const Stage down = stage(GATED, w.down, p.hidden, p.inner, BRANCH, [this, next](int64_t b) { norm(b, BRANCH, next, true); });
+            if (last) through(team, {o, up, down}, [&] { gather_last(); });
+            else through(team, {o, up, down, first(l + 1)}, [&] { point(l + 1); });
         }
-        product(team, {p.rows, p.vocabulary, p.hidden, p.dtype, FLOAT32, planes_[NORMED].data, planes_[NORMED].stride, p.head,
-                       p.logits, p.vocabulary}, [] {});
+        const Plane& from = planes_[p.last ? BRANCH : NORMED];
+        product(team, {p.wanted, p.vocabulary, p.hidden, p.dtype, FLOAT32, from.data, from.stride, p.head, p.logits, p.vocabulary}, [] {});
     }
 
   private:
     enum { STREAM, NORMED, QKV, TURNED, ATTENDED, BRANCH, GATE_UP, GATED, PLANES };
 
-    static int64_t size(const DecodeStep& p) { return p.dtype == FLOAT32 ? 4 : 2; }
-    static int64_t width(const DecodeStep& p, int plane) {
+    // A product, and what each of its rows then goes through.
+    struct Stage {
+        PackedProduct product;
+        std::function<void(int64_t)> row;
+    };
+
+    int64_t size() const { return p.dtype == FLOAT32 ? 4 : 2; }
+    int64_t width(int plane) const {
         const DecodeProblem& a = p.attention;
         switch (plane) {
             case QKV: return (a.heads + 2 * a.kv_heads) * a.head_dim;
@@ -132,6 +160,15 @@ class Step {
             case GATED: return p.inner;
             default: return p.hidden;
         }
+    }
+    int64_t floats() const {
+        int64_t total = product_rows(p.rows);
+        for (int i = 0; i < PLANES; ++i) total += product_rows(p.rows) * product_depth(width(i)) * size() / 4;
+        return total;
+    }
+    Rows heads_of(int plane, int64_t row, int64_t head) const {
+        const int64_t D = p.attention.head_dim;
+        return {planes_[plane].at(row, head * D), planes_[plane].stride, D};
     }
 
     template <class Row>
@@ -145,27 +182,41 @@ class Step {
     template <class After>
     void product(Member& team, const PackedProduct& problem, After&& after) {
         constexpr int64_t TASKS = 4;  // a thread
-        const int64_t blocks = (problem.columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, chunks = (p.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+        const int64_t blocks = (problem.columns + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, chunks = (problem.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
         const int64_t run = std::max<int64_t>(1, blocks / (TASKS * team.threads)), runs = (blocks + run - 1) / run;
         team.each(runs * chunks, [&](int64_t i) {
             const int64_t row = i / runs * PRODUCT_ROWS, column = i % runs * run * PRODUCT_COLUMNS;
-            table_.decode_product(problem, row, std::min(row + PRODUCT_ROWS, p.rows), column,
+            table_.decode_product(problem, row, std::min(row + PRODUCT_ROWS, problem.rows), column,
                                   std::min(column + run * PRODUCT_COLUMNS, problem.columns));
         }, after);
     }
-    // Then row(b) for each, after ready().
-    template <class Row, class Ready>
-    void product(Member& team, int from, const void* weight, int64_t columns, int64_t depth, int to, Row&& row, Ready&& ready) {
-        product(team, {p.rows, columns, depth, p.dtype, p.dtype, planes_[from].data, planes_[from].stride, weight, planes_[to].data,
-                       planes_[to].stride}, [&] {
-            ready();
-            for (int64_t b = 0; p.rows <= SERIAL_ROWS && b < p.rows; ++b) row(b);
-        });
-        rows(team, row);
-    }
+
     template <class Row>
-    void product(Member& team, int from, const void* weight, int64_t columns, int64_t depth, int to, Row&& row) {
-        product(team, from, weight, columns, depth, to, row, [] {});
+    Stage stage(int from, const void* weight, int64_t columns, int64_t depth, int to, Row&& row) const {
+        return {{p.rows, columns, depth, p.dtype, p.dtype, planes_[from].data, planes_[from].stride, weight, planes_[to].data, planes_[to].stride}, row};
+    }
+
+    // All rows through these stages, then after(), once. With many rows a thread takes a block of them through all, whose numbers stay
+    // in its cache; with few the threads share each product.
+    template <class After>
+    void through(Member& team, std::initializer_list<Stage> stages, After&& after) {
+        if (by_blocks_) {
+            team.each((p.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS, [&](int64_t i) {
+                const int64_t begin = i * PRODUCT_ROWS, end = std::min(begin + PRODUCT_ROWS, p.rows);
+                for (const Stage& s : stages) {
+                    table_.decode_product(s.product, begin, end, 0, s.product.columns);
+                    for (int64_t b = begin; b < end; ++b) s.row(b);
+                }
+            }, after);
+            return;
+        }
+        for (const Stage& s : stages) {
+            product(team, s.product, [&] {
+                for (int64_t b = 0; p.rows <= SERIAL_ROWS && b < p.rows; ++b) s.row(b);
+            });
+            rows(team, s.row);
+        }
+        team.each(0, [](int64_t) {}, after);
     }
 
     void embed(int64_t b) {
@@ -184,14 +235,31 @@ class Step {
     void* value_of(int64_t layer, int64_t b) const { return slot_of(p.attention.v, layer * p.v_layer, p.attention.v_batch, p.attention.v_token, b); }
     void* slot_of(const void* first, int64_t layer, int64_t page, int64_t token, int64_t b) const {
         const int64_t slot = p.slots[b], element = layer + slot / p.pages.size * page + slot % p.pages.size * token;
-        return static_cast<char*>(const_cast<void*>(first)) + element * size(p);
+        return static_cast<char*>(const_cast<void*>(first)) + element * size();
     }
     void point(int64_t layer) {
-        const auto moved = [&](const void* x, int64_t elements) { return static_cast<const char*>(x) + elements * size(p); };
+        const auto moved = [&](const void* x, int64_t elements) { return static_cast<const char*>(x) + elements * size(); };
         plan_.turn_to(moved(p.attention.k, layer * p.k_layer), moved(p.attention.v, layer * p.v_layer));
     }
 
-    // Queries to where attention takes them, the key and value to their slot.
+    // Whole sequences and prefixes, then what is left. The heads of a row lie together, so that one core that has them all finds some in
+    // the lines beside another's.
+    void attend(Member& team) {
+        constexpr int64_t ENOUGH = 4;  // rows a thread
+        if (!tasks_.empty())
+            team.each(static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
+                const bool whole = tasks_[i].problem == &within_;
+                (whole ? table_.attention_forward : table_.attention_prefix)(tasks_[i], scratch_->slice(team.index));
+            });
+        const int64_t rows = p.attention.batch, heads = p.attention.kv_heads, turn = rows >= ENOUGH * team.threads ? heads : 1;
+        const int64_t count = rows * heads / turn;
+        if (count)
+            team.each_ahead(count, [&](int64_t i, int64_t next) {
+                table_.attention_decode(plan_.problem, i * turn, (i + 1) * turn, next < count ? next * turn : -1, scratch_->slice(team.index));
+            });
+    }
+
+    // Queries to where attention takes them, the key and value to their slot; the key of a whole sequence also to where it came from.
     void turn(int64_t b, int64_t layer) {
         const DecodeProblem& a = p.attention;
         const int64_t D = a.head_dim, keys = a.heads * D, values = keys + a.kv_heads * D;
@@ -199,8 +267,10 @@ class Step {
         const RopeHeads k{a.kv_heads, {planes_[QKV].at(b, keys), 0, D}, {key_of(layer, b), 0, a.k_head}, {}, p.layer[layer].k_norm};
         table_.rope_forward({1, D / 2, p.dtype, p.positions + b, p.cosines, p.sines, p.eps, q, k, nullptr}, 0, 1);
         for (int64_t h = 0; h < a.kv_heads; ++h)
-            std::memcpy(static_cast<char*>(value_of(layer, b)) + h * a.v_head * size(p), planes_[QKV].at(b, values + h * D), D * size(p));
-        plan_.gather(b);
+            std::memcpy(static_cast<char*>(value_of(layer, b)) + h * a.v_head * size(), planes_[QKV].at(b, values + h * D), D * size());
+        if (b >= whole_) return plan_.gather(b - whole_);
+        for (int64_t h = 0; h < a.kv_heads; ++h)
+            std::memcpy(planes_[QKV].at(b, keys + h * D), static_cast<char*>(key_of(layer, b)) + h * a.k_head * size(), D * size());
     }
 
     void gate(int64_t b) {
@@ -208,13 +278,24 @@ class Step {
                                planes_[GATED].row(b), nullptr, nullptr, 0, false}, 0, 1);
     }
 
+    // The rows that the output matrix is for, one after another.
+    void gather_last() {
+        for (int64_t i = 0; p.last && i < p.wanted; ++i) std::memcpy(planes_[BRANCH].row(i), planes_[NORMED].row(p.last[i]), p.hidden * size());
+    }
+
     const DecodeStep& p;
-    DecodePlan& plan_;
+    const int64_t whole_;
+    const bool by_blocks_;
+    DecodePlan plan_;
     const Kernels& table_;
-    Meeting& meeting_;
-    Scratch& scratch_;
+    Meeting meeting_;
+    Scratch memory_;
+    std::optional<Scratch> scratch_;  // of each thread
     float* scales_;
     Plane planes_[PLANES];
+    AttentionProblem within_;  // whole sequences
+    std::vector<double> lse_;  // not wanted
+    std::vector<AttentionTask> tasks_;
 };
 
 }  // namespace
@@ -230,10 +311,7 @@ void decode_pack(const PackProblem& problem, int num_threads) {
 void decode_step(const DecodeStep& p, int num_threads) {
     if (!p.rows) return;
     const int threads = std::max(num_threads, 1);
-    DecodePlan plan(p.attention, p.pages, false);
-    Scratch scratch(threads, std::max(plan.prefix_scratch, plan.own_scratch)), planes(1, Step::floats(p));
-    Meeting meeting;
-    Step step(p, plan, meeting, scratch, planes.slice(0));
+    Step step(p, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     step.run(omp_get_num_threads(), omp_get_thread_num());
 }

@@ -1,6 +1,7 @@
-// One token of every row of a batch through all layers of a decoder with RMSNorm, rotary positions, grouped queries and SwiGLU, to
-// the logits of the next: one call, in which the threads meet at barriers. Keys and values are written to pages of a pool
-// and read from them. What an op rounds to bf16 is rounded here; products have fp32 sums.
+// New tokens of sequences through all layers of a decoder with RMSNorm, rotary positions, grouped queries and SwiGLU, to the logits of
+// the next: one call, in which the threads meet at barriers. A token is a row. The first rows may be whole sequences; each of the
+// others finds the keys before it in pages of a pool. All write their keys and values there. What an op rounds to bf16 is rounded here;
+// products have fp32 sums.
 //
 // Sums of products are in the order of the depth, whatever rows there are, so what a row gets depends on the others only where it
 // shares a prefix with them.
@@ -50,10 +51,14 @@ struct DecodeStep {
     const void* head;              // packed
     const float *cosines, *sines;  // (length, D / 2), as RopeProblem's
     const int64_t *tokens, *positions, *slots;  // (rows,); slot: page * size + offset, where key and value go
-    DecodeProblem attention;  // heads, lengths (the token's own key included), prefixes, and the first layer's k and v
+    int64_t sequences;
+    const int32_t* cu_seqlens;  // (sequences + 1,): the first rows are these, whole
+    DecodeProblem attention;  // of the other rows: heads, lengths (the token's own key included), prefixes, and the first layer's k and v
     DecodePages pages;
     int64_t k_layer, v_layer;  // elements from layer to layer
-    float* logits;  // (rows, vocabulary)
+    int64_t wanted;
+    const int64_t* last;  // (wanted,): the rows whose logits are wanted, or nullptr: all
+    float* logits;        // (wanted, vocabulary)
 };
 
 void decode_pack(const PackProblem& problem, int num_threads);

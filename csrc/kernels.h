@@ -29,7 +29,8 @@ struct Kernels {
     void (*attention_forward)(const AttentionTask& task, float* scratch);
     void (*attention_backward)(const AttentionTask& task, float* scratch);
     void (*attention_prefix)(const AttentionTask& task, float* scratch);  // fp32 output, start 0, not causal
-    void (*attention_decode)(const DecodeProblem& problem, int64_t sequence, int64_t kv_head, float* scratch);
+    // Task = sequence * kv_heads + kv_head, from `begin` to `end`, after which the same thread will go on with task `following`, or with none (-1).
+    void (*attention_decode)(const DecodeProblem& problem, int64_t begin, int64_t end, int64_t following, float* scratch);
     // scratch: a row of floats.
     void (*softmax_forward)(const SoftmaxProblem& problem, int64_t begin, int64_t end, float* scratch);
     void (*softmax_backward)(const SoftmaxProblem& problem, int64_t begin, int64_t end);

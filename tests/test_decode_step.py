@@ -1,6 +1,8 @@
 """ops.decode_step: a token of every row through all layers at once, checked against the layers one by one in fp64."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ SHAPES = [
     dict(vocab_size=64, hidden_size=96, heads=3, kv_heads=3, head_size=64, intermediate_size=160, qk_norm=False, tied=False),
 ]
 SIZE = 4  # tokens a page
+HERE = Path(__file__).parent
 
 
 def nets(shape, dtype, seed=0):
@@ -128,7 +131,7 @@ def alone_and_together(shape, dtype, most):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_is_as_exact_as_the_layers_and_a_row_is_the_same_in_every_batch(isa):
-    done = python(EVERY, isa, NANORLHF_ISA=isa)
+    done = python(EVERY, isa, NANORLHF_ISA=isa, PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]))
     assert done.returncode == 0, done.stderr
 
 

@@ -51,9 +51,10 @@ class PagedCache:
 
         return model.hidden(tokens, positions, attend)
 
-    def logits(self, decoder: PackedDecoder, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Rows) -> Tensor:
-        """(N, V): the same for one token of each row, in one call, and the product with the output matrix."""
-        return ops.decode_step(decoder, tokens, positions, slots, self.k_pages, self.v_pages, rows.pages, rows.lengths, rows.prefix)
+    def logits(self, decoder: PackedDecoder, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Optional[Rows] = None,
+               cu_seqlens: Optional[Tensor] = None, last: Optional[Tensor] = None) -> Tensor:
+        """The same in one call, with the product with the output matrix: (N, V), or (R, V) for the tokens ``last`` (R,) int64."""
+        return ops.decode_step(decoder, tokens, positions, slots, self.k_pages, self.v_pages, *(rows or ()), cu_seqlens=cu_seqlens, last=last)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Whole pages (k,) int64 to others."""

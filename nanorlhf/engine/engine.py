@@ -149,8 +149,9 @@ class Engine:
             self._decoder.pack()
         self._known, self._crowded = known, False
         self._casts.clear()
-        weight = self.model.head_weight.detach().to(self.model.compute_dtype)
-        self._head = weight if known[3] else weight.float()
+        if self._decoder is None:
+            weight = self.model.head_weight.detach().to(self.model.compute_dtype)
+            self._head = weight if known[3] else weight.float()
 
     def _take(self, count: int) -> Optional[np.ndarray]:
         if count > self.pool.free:
@@ -165,12 +166,12 @@ class Engine:
                 return
             low = self.batch.size
             try:
-                hidden = self._prefill(plans)
+                logits, hidden = self._prefill(plans)
                 for plan in plans:
                     for handle, pages in zip(plan.handles, plan.tables):
                         self.batch.join(handle, pages, len(plan.context))
                 self.batch.compose()
-                drawn = self._draw(logits_of(hidden, self._head), hidden, low)
+                drawn = self._draw(logits, hidden, low)
             except BaseException:
                 self._undo(plans, low)
                 raise
@@ -184,13 +185,13 @@ class Engine:
             self.pool.release(pages)
             self.waiting.appendleft(handle)
 
-    def _prefill(self, plans: List[Plan]) -> Tensor:
-        """Run the plans' prompts: hidden states (R, C) of the last token for each of their requests."""
+    def _prefill(self, plans: List[Plan]) -> Tuple[Tensor, Optional[Tensor]]:
+        """Run the plans' prompts: what _forward returns, of the last token for each of their requests."""
         p = Prefill(plans, self.pool.size, self.batch.on_device)
-        hidden = self.cache.forward(self.model, p.tokens, p.positions, p.slots, p.cu_seqlens, p.rows)[p.last]
+        found = self._forward(p.tokens, p.positions, p.slots, p.rows, p.cu_seqlens, p.last)
         if len(p.copies[0]):
             self.cache.copy(*p.copies)
-        return hidden
+        return found
 
     def _draw(self, logits: Tensor, hidden: Optional[Tensor], low: int):
         batch = self.batch
@@ -198,11 +199,13 @@ class Engine:
         batch.token[low:batch.size] = tokens
         return tokens, marks, top
 
-    def _run_rows(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Rows) -> Tuple[Tensor, Optional[Tensor]]:
-        """A token of every row: logits (B, V), and the hidden states (B, C) where they are at hand."""
+    def _forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Optional[Rows], cu_seqlens: Optional[Tensor] = None,
+                 last: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
+        """PagedCache.forward for all tokens, or for ``last`` (R,): logits (R, V), and the hidden states (R, C) where they are at hand."""
         if self._decoder is not None:
-            return self.cache.logits(self._decoder, tokens, positions, slots, rows), None
-        hidden = self.cache.forward(self.model, tokens, positions, slots, rows=rows)
+            return self.cache.logits(self._decoder, tokens, positions, slots, rows, cu_seqlens, last), None
+        hidden = self.cache.forward(self.model, tokens, positions, slots, cu_seqlens, rows)
+        hidden = hidden if last is None else hidden[last]
         return logits_of(hidden, self._head), hidden
 
     def _decode(self) -> None:
@@ -216,7 +219,7 @@ class Engine:
                 window = max(1, min(self.window, int((batch.ints[columns.ROOM] - batch.ints[columns.STEP])[:batch.size].min()) - 1))
             positions, slots, rows = batch.advance()
             try:
-                drawn.append(self._draw(*self._run_rows(batch.token[:batch.size], positions, slots, rows), 0))
+                drawn.append(self._draw(*self._forward(batch.token[:batch.size], positions, slots, rows), 0))
             except BaseException:  # the step never was
                 batch.ints[:columns.STEP + 1, :batch.size] -= 1
                 if drawn:

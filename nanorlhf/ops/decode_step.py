@@ -1,5 +1,5 @@
-"""One token of every row of a batch through a whole decoder: what the engine does once per token. Native on CPUs (csrc/decode_step.h);
-elsewhere the model's own layers do it, op by op.
+"""New tokens through a whole decoder in one call: what the engine does once per token, and for prompts. Native on CPUs
+(csrc/decode_step.h); elsewhere the model's own layers do it, op by op.
 """
 
 import math
@@ -79,34 +79,44 @@ def _pack(weights, packed):
         column += w.shape[0]
 
 
-def decode_step(decoder, tokens, positions, slots, k_pages, v_pages, pages, lengths, prefix=None):
-    """The logits (B, V), fp32, of what follows ``tokens``, whose keys and values it puts into their slots of every layer.
+def decode_step(decoder, tokens, positions, slots, k_pages, v_pages, pages=None, lengths=None, prefix=None, cu_seqlens=None, last=None):
+    """The logits (N, V), fp32, of what follows ``tokens``, whose keys and values it puts into their slots of every layer.
 
-    tokens, positions, slots: (B,) int64, slot = page · page_size + offset. k_pages, v_pages: (layers, P, page_size, Hkv, D) in the
-    decoder's dtype. pages, lengths and prefix are those of ``attention_paged``, the token's own key counted; no row sees another's
-    slot. A row's logits have the same bits whatever the others and the number of threads, unless it has a prefix with others.
-    Raises ValueError for shapes and dtypes that do not fit, and for indices out of range.
+    tokens, positions, slots: (N,) int64, slot = page · page_size + offset. k_pages, v_pages: (layers, P, page_size, Hkv, D) in the
+    decoder's dtype. cu_seqlens: (sequences + 1,) int32, if the first tokens are whole sequences with these bounds. The others are rows, B
+    of them, whose pages, lengths and prefix are those of ``attention_paged``, the token's own key counted; all keys of a layer are
+    in their slots before any is read. last: (R,) int64, the tokens whose logits are wanted; then (R, V) are returned.
+
+    The logits have the same bits whatever the other rows and the number of threads, unless a row has a prefix with others. Raises
+    ValueError for shapes and dtypes that do not fit, and for indices out of range.
     """
-    B, (layers, C, inner, V, H, kv_heads, D) = len(tokens), decoder.shape
-    wanted = (layers, *k_pages.shape[1:3], kv_heads, D)
-    if k_pages.shape != wanted or v_pages.shape != wanted or not k_pages.dtype == v_pages.dtype == decoder.dtype:
+    N, (layers, C, inner, V, H, kv_heads, D) = len(tokens), decoder.shape
+    k_shape, dtype = k_pages.shape, decoder.dtype
+    if k_shape != (layers, *k_shape[1:3], kv_heads, D) or v_pages.shape != k_shape or k_pages.dtype != dtype or v_pages.dtype != dtype:
         raise ValueError(f"decode_step: expected k_pages and v_pages of shape ({layers}, P, page_size, {kv_heads}, {D}) in {decoder.dtype}, "
                          f"got {tuple(k_pages.shape)} and {tuple(v_pages.shape)} in {k_pages.dtype} and {v_pages.dtype}")
-    given = [(x, (B,), torch.int64) for x in (tokens, positions, slots)]
-    given += [(pages, (B, pages.shape[-1]), torch.int32), (lengths, (B,), torch.int32)]
+    B, width = (0, 0) if pages is None else pages.shape
+    sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
+    prefixes, prefix_width = (0, 0) if prefix is None else prefix[0].shape
+    given = [(x, (N,), torch.int64) for x in (tokens, positions, slots)]
+    if B:
+        given += (pages, (B, width), torch.int32), (lengths, (B,), torch.int32)
     if prefix is not None:
-        G = len(prefix[1])
-        given += zip(prefix, ((G, prefix[0].shape[-1]), (G,), (B,)), (torch.int32,) * 3)
-    if any(x.shape != shape or x.dtype != dtype or not x.is_contiguous() for x, shape, dtype in given):
-        raise ValueError(f"decode_step: expected tokens, positions and slots (B,) in int64 and the arrays of attention_paged, all contiguous, "
-                         f"got {', '.join(f'{tuple(x.shape)} in {x.dtype}' for x, *_ in given)}")
-    logits = torch.empty(B, V)
-    at = lambda x: (x.data_ptr(), *x.stride()[1:4])
-    prefixes, prefix_width = prefix[0].shape if prefix else (0, 0)
+        given += zip(prefix, ((prefixes, prefix_width), (prefixes,), (B,)), (torch.int32,) * 3)
+    if cu_seqlens is not None:
+        given.append((cu_seqlens, (sequences + 1,), torch.int32))
+    if last is not None:
+        given.append((last, (len(last),), torch.int64))
+    if any([x.shape != shape or x.dtype != dtype or not x.is_contiguous() for x, shape, dtype in given]) or not B == N and sequences < 1:
+        raise ValueError(f"decode_step: expected tokens, positions, slots and last in int64 and the arrays of attention_paged and cu_seqlens in int32, "
+                         f"all contiguous, for as many tokens, got {', '.join(f'{tuple(x.shape)} in {x.dtype}' for x, *_ in given)}")
+    logits = torch.empty(N if last is None else len(last), V)
+    at = lambda x: 0 if x is None else x.data_ptr()
+    paged = lambda x: (x.data_ptr(), *x.stride()[1:4])
     _C.decode_step(
-        decoder.shape, backend.DTYPES[decoder.dtype], decoder.eps, 1 / math.sqrt(D), decoder.addresses, decoder.context, B, tokens.data_ptr(),
-        positions.data_ptr(), slots.data_ptr(), at(k_pages), at(v_pages), k_pages.stride(0), v_pages.stride(0), k_pages.shape[2],
-        k_pages.shape[1], pages.shape[1], pages.data_ptr(), lengths.data_ptr(), prefixes, prefix_width,
-        *((x.data_ptr() for x in prefix) if prefix else (0, 0, 0)), logits.data_ptr(), torch.get_num_threads(),
+        decoder.shape, backend.DTYPES[dtype], decoder.eps, 1 / math.sqrt(D), decoder.addresses, decoder.context, N, at(tokens), at(positions),
+        at(slots), sequences, at(cu_seqlens), B, paged(k_pages), paged(v_pages), k_pages.stride(0), v_pages.stride(0), k_shape[2], k_shape[1],
+        width, at(pages), at(lengths), prefixes, prefix_width, *map(at, prefix or (None,) * 3), len(logits), at(last), at(logits),
+        torch.get_num_threads(),
     )  # fmt: skip
     return logits
