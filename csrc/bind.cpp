@@ -7,6 +7,7 @@ namespace py = pybind11;
 
 void bind_tokenizer(py::module_& m);
 void bind_ops(py::module_& m);
+void bind_decode(py::module_& m);
 void bind_token_mask(py::module_& m);
 
 // Large activations come and go every step. By default glibc maps each one afresh and the kernel zeroes its pages
@@ -25,5 +26,6 @@ PYBIND11_MODULE(_C, m) {
           "Let malloc keep large freed blocks for reuse. Returns whether the C library took the setting.");
     bind_tokenizer(m);
     bind_ops(m);
+    bind_decode(m);
     bind_token_mask(m);
 }

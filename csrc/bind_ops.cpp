@@ -2,36 +2,17 @@
 // validates shapes; here are checked the values that Python cannot check cheaply.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "bind_ops.h"
 #include "isa.h"
 #include "kernels.h"
 #include "parallel.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace py = pybind11;
 
 namespace {
-
-using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-Rows rows(const Strided& s) { return {at<void>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
-
-void check_cu_seqlens(const int32_t* cu_seqlens, int64_t batch, int64_t tokens, const std::string& op = "attention") {
-    bool ok = cu_seqlens[0] == 0 && cu_seqlens[batch] == tokens;
-    for (int64_t b = 0; b < batch; ++b) ok = ok && cu_seqlens[b] <= cu_seqlens[b + 1];
-    if (!ok)
-        throw std::invalid_argument(op + ": expected cu_seqlens to rise from 0 to N = " + std::to_string(tokens));
-}
 
 AttentionProblem attention_problem(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
                                    int64_t kv_heads, int64_t head_dim, bool causal, float scale, int dtype) {
@@ -60,110 +41,6 @@ void backward(uintptr_t cu_seqlens, int64_t batch, int64_t tokens, int64_t heads
     p.q = rows(q), p.k = rows(k), p.v = rows(v), p.out = rows(out), p.lse = at<double>(lse);
     p.dout = rows(dout), p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv);
     attention_backward(p, num_threads);
-}
-
-using Cache = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, batch, token and head stride
-
-DecodeProblem decode_problem(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, uintptr_t lengths, float scale,
-                             int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t owner) {
-    DecodeProblem p{};
-    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
-    p.lengths = at<const int32_t>(lengths), p.scale = scale, p.dtype = dtype, p.q = rows(q), p.out = rows(out);
-    p.k = at<const void>(std::get<0>(k)), p.v = at<const void>(std::get<0>(v));
-    std::tie(std::ignore, p.k_batch, p.k_token, p.k_head) = k;
-    std::tie(std::ignore, p.v_batch, p.v_token, p.v_head) = v;
-    p.prefixes = prefixes, p.owner = at<const int32_t>(owner);
-    return p;
-}
-
-// what: "op: expected name in [low, bound = ".
-void check_range(const int32_t* x, int64_t count, int64_t low, int64_t high, const std::string& what) {
-    for (int64_t i = 0; i < count; ++i)
-        if (x[i] < low || x[i] > high) throw std::invalid_argument(what + std::to_string(high) + "], got " + std::to_string(x[i]));
-}
-
-void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, uintptr_t lengths, float scale,
-            int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t prefix_bounds, int64_t tokens,
-            uintptr_t owner, Strided prefix_k, Strided prefix_v, bool as_forward, int num_threads) {
-    DecodeProblem p = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, q, out, k, v, prefixes, owner);
-    p.prefix_bounds = at<const int32_t>(prefix_bounds), p.prefix_k = rows(prefix_k), p.prefix_v = rows(prefix_v);
-    check_range(p.lengths, batch, 0, capacity, "attention_decode: expected lengths in [0, Tmax = ");
-    if (owner) {
-        check_cu_seqlens(p.prefix_bounds, prefixes, tokens, "attention_decode");
-        check_range(p.owner, batch, 0, prefixes - 1, "attention_decode: expected owner in [0, P - 1 = ");
-    }
-    attention_decode(p, {}, as_forward, num_threads);
-}
-
-void check_pages(const DecodeProblem& p, const DecodePages& in, const std::string& op) {
-    const auto check = [&](const int32_t* table, const int32_t* filled, int64_t count, int64_t columns, const char* name) {
-        for (int64_t i = 0; i < count; ++i)
-            check_range(table + i * columns, (filled[i] + in.size - 1) / in.size, 0, in.count - 1, op + ": expected " + name + " in [0, P - 1 = ");
-    };
-    check_range(p.lengths, p.batch, 0, in.own_width * in.size, op + ": expected lengths in [0, Pmax * page_size = ");
-    check(in.own, p.lengths, p.batch, in.own_width, "pages");
-    if (!p.owner) return;
-    check_range(in.prefix_lengths, p.prefixes, 0, in.prefix_width * in.size, op + ": expected prefix lengths in [0, Pg * page_size = ");
-    check(in.prefix, in.prefix_lengths, p.prefixes, in.prefix_width, "prefix pages");
-    check_range(p.owner, p.batch, -1, p.prefixes - 1, op + ": expected owner in [-1, G - 1 = ");
-}
-
-void paged(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t page_size, int64_t page_count, int64_t width,
-           uintptr_t pages, uintptr_t lengths, float scale, int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes,
-           int64_t prefix_width, uintptr_t prefix_pages, uintptr_t prefix_lengths, uintptr_t owner, bool as_forward, int num_threads) {
-    const DecodeProblem p = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, q, out, k, v, prefixes, owner);
-    const DecodePages in{at<const int32_t>(pages), at<const int32_t>(prefix_pages), at<const int32_t>(prefix_lengths), width,
-                         prefix_width, page_size, page_count};
-    check_pages(p, in, "attention_paged");
-    attention_decode(p, in, as_forward, num_threads);
-}
-
-void pack(int64_t columns, int64_t depth, int64_t column, int dtype, uintptr_t weight, uintptr_t packed, int num_threads) {
-    decode_pack({columns, depth, column, dtype, at<const float>(weight), at<void>(packed)}, num_threads);
-}
-
-// Asks for large pages where whole ones fit: what is read far apart then misses the tables of addresses less often.
-void prefer_large_pages(uintptr_t address, uint64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t PAGE = 2 << 20;
-    const uintptr_t begin = (address + PAGE - 1) / PAGE * PAGE, end = (address + bytes) / PAGE * PAGE;
-    if (begin < end) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);  // a wish: where it is not heard nothing is lost
-#else
-    (void)address, (void)bytes;
-#endif
-}
-
-void check_range(const int64_t* x, int64_t count, int64_t bound, const char* name) {
-    for (int64_t i = 0; i < count; ++i)
-        if (x[i] < 0 || x[i] >= bound)
-            throw std::invalid_argument(std::string("decode_step: expected ") + name + " in [0, " + std::to_string(bound) + "), got " + std::to_string(x[i]));
-}
-
-// shape: layers, hidden, inner, vocabulary, heads, kv_heads, head_dim; weights: embedding, table of layers, norm, head, cosines, sines.
-void step(const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& shape, int dtype, float eps, float scale,
-          const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>& weights, int64_t context, int64_t row_count,
-          uintptr_t tokens, uintptr_t positions, uintptr_t slots, int64_t sequences, uintptr_t cu_seqlens, int64_t batch, const Cache& k, const Cache& v, int64_t k_layer, int64_t v_layer,
-          int64_t page_size, int64_t page_count, int64_t width, uintptr_t pages, uintptr_t lengths, int64_t prefixes, int64_t prefix_width,
-          uintptr_t prefix_pages, uintptr_t prefix_lengths, uintptr_t owner, int64_t wanted, uintptr_t last, uintptr_t logits, int num_threads) {
-    const auto& [layers, hidden, inner, vocabulary, heads, kv_heads, head_dim] = shape;
-    const auto& [embedding, table, norm, head, cosines, sines] = weights;
-    DecodeStep s{};
-    s.rows = row_count, s.layers = layers, s.hidden = hidden, s.inner = inner, s.vocabulary = vocabulary, s.dtype = dtype, s.eps = eps;
-    s.embedding = at<const float>(embedding), s.layer = at<const DecodeLayer>(table), s.norm = at<const float>(norm);
-    s.head = at<const void>(head), s.cosines = at<const float>(cosines), s.sines = at<const float>(sines);
-    s.tokens = at<const int64_t>(tokens), s.positions = at<const int64_t>(positions), s.slots = at<const int64_t>(slots);
-    s.attention = decode_problem(batch, heads, kv_heads, head_dim, lengths, scale, dtype, {}, {}, k, v, prefixes, owner);
-    s.pages = {at<const int32_t>(pages), at<const int32_t>(prefix_pages), at<const int32_t>(prefix_lengths), width, prefix_width, page_size,
-               page_count};
-    s.k_layer = k_layer, s.v_layer = v_layer, s.sequences = sequences, s.cu_seqlens = at<const int32_t>(cu_seqlens);
-    s.wanted = wanted, s.last = at<const int64_t>(last), s.logits = at<float>(logits);
-    if (sequences) check_cu_seqlens(s.cu_seqlens, sequences, row_count - batch, "decode_step");
-    check_range(s.tokens, row_count, vocabulary, "tokens");
-    check_range(s.positions, row_count, context, "positions");
-    check_range(s.slots, row_count, page_count * page_size, "slots");
-    if (last) check_range(s.last, wanted, row_count, "last");
-    check_pages(s.attention, s.pages, "decode_step");
-    decode_step(s, num_threads);
 }
 
 void softmax(bool is_backward, int64_t row_count, int64_t columns, int dtype, uintptr_t x, uintptr_t dy,
@@ -300,18 +177,6 @@ void swiglu(bool is_backward, int64_t row_count, int64_t columns, int dtype, uin
 }
 
 // own: what rows have of their own of seed, temperature, top_k, top_p and min_p, addresses or 0.
-using Own = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
-
-void draw(int64_t row_count, int64_t columns, int64_t stride, int dtype, uintptr_t logits, int64_t seed, uintptr_t requests,
-          uintptr_t steps, double temperature, int64_t top_k, double top_p, double min_p, const Own& own, uintptr_t mask,
-          int64_t mask_stride, uintptr_t tokens, uintptr_t logprob, uintptr_t unfiltered, uintptr_t kept, int num_threads) {
-    sample({row_count, columns, stride, dtype, at<const void>(logits), at<const int64_t>(requests), at<const int64_t>(steps),
-            {static_cast<uint64_t>(seed), temperature, top_k, top_p, min_p}, at<const int64_t>(std::get<0>(own)),
-            at<const int64_t>(std::get<2>(own)), at<const double>(std::get<1>(own)), at<const double>(std::get<3>(own)),
-            at<const double>(std::get<4>(own)), at<const uint32_t>(mask), mask_stride, at<int64_t>(tokens), at<float>(logprob),
-            at<float>(unfiltered), at<float>(kept)}, num_threads);
-}
-
 }  // namespace
 
 void bind_ops(py::module_& m) {
@@ -325,12 +190,6 @@ void bind_ops(py::module_& m) {
     }, "CPU feature -> whether this CPU has it.");
     m.def("attention_forward", &forward, release(), "Fills out and lse.");
     m.def("attention_backward", &backward, release(), "Fills dq, dk and dv.");
-    m.def("attention_decode", &decode, release(), "One query per sequence against a cache: fills out.");
-    m.def("attention_paged", &paged, release(), "The same against pages of a pool.");
-    m.def("packed_elements", &packed_elements, "Of a packed weight: columns, depth.");
-    m.def("prefer_large_pages", &prefer_large_pages, "Of memory that nobody has written to yet: address, bytes.");
-    m.def("decode_pack", &pack, release(), "Rows of a weight to columns of a packed one.");
-    m.def("decode_step", &step, release(), "A token of every row through a whole decoder: fills logits, and a slot of every layer's keys and values.");
     m.def("softmax", &softmax, release(), "Row softmax (out = y) or its gradient (x = y, out = dx).");
     m.def("loss", &loss, release(), "Fills logprob, entropy and lse, or overwrites logits with their gradient.");
     m.def("has_head", &has_head, "Whether this CPU has `head`.");
@@ -345,7 +204,6 @@ void bind_ops(py::module_& m) {
     m.def("ppo_loss", &ppo, release(), "One half of the PPO loss: fills terms and grad.");
     m.def("embedding", &embedding, release(), "Rows by id, or the fp32 sum of their gradients.");
     m.def("optim", &update, release(), "One pass over a table of parameters: see OptimKind. Returns a sum of squares, or 0.");
-    m.def("sample", &draw, release(), "A token a row: fills tokens, its two log-probabilities and the mask's share.");
     m.def("rope", &rotate, release(), "Turns pairs of q and k, normalised where they have a weight, by their position's angles; or the gradients.");
     m.def("swiglu", &swiglu, release(), "silu(gate) * up, or dgate and dup.");
 }

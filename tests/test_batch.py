@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from nanorlhf.engine import Request
-from nanorlhf.engine.batch import LENGTH, POSITION, SLOT, STEP, Batch, shared_prefixes
+from nanorlhf.engine.batch import LENGTH, POSITION, STEP, STOPS, Batch, shared_prefixes
 from nanorlhf.engine.request import Handle
 
 
@@ -55,13 +55,14 @@ def test_a_row_has_its_place_its_table_and_its_record():
     batch.join(b, np.array([4, 5], np.int32), 4)
     batch.compose()
     assert batch.depth.tolist() == [1, 1] and batch.prefix[0].tolist() == [[4]] and batch.prefix[1].tolist() == [2]
-    assert batch.ints[[POSITION, LENGTH, SLOT, STEP], :2].T.tolist() == [[2, 1, 12, 0], [3, 2, 11, 1]]
-    assert batch.full().tolist() == [1]
+    assert batch.ints[[POSITION, LENGTH, STEP], :2].T.tolist() == [[2, 1, 0], [3, 2, 1]]
+    assert batch.lacking(1).tolist() == [1] and batch.lacking(2).tolist() == [0, 1] and batch.lacking(4).tolist() == [0, 1, 1]
     batch.add_pages(np.array([1]), np.array([7], np.int32))
-    positions, slots, rows = batch.advance()
+    assert not len(batch.lacking(1))
+    (positions, rows), slots = batch.next(), batch.next_slots()
     assert positions.tolist() == [3, 4] and slots.tolist() == [13, 14] and rows.lengths.tolist() == [2, 3]
     assert rows.pages[0, 0] == 6 and rows.pages[1, :2].tolist() == [5, 7]
-    bits = batch.stop_bits[batch.ints[7, :2]]
+    bits = batch.stop_bits[batch.ints[STOPS, :2]]
     assert [np.flatnonzero(x).tolist() for x in bits] == [[5], [7]]
     assert batch.drawn(1, 1)[0].tolist() == [9] and batch.pages(1).tolist() == [4, 5, 7]
     batch.keep(np.array([1]))
@@ -78,9 +79,10 @@ def test_a_table_grows_past_the_columns_that_were_spare():
     batch.join(handle(), np.array([3], np.int32), 2)
     for page in range(4, 20):
         batch.compose()
-        batch.add_pages(batch.full(), np.array([page], np.int32))
+        batch.add_pages(batch.lacking(1), np.array([page], np.int32))
         batch.compose()
         for _ in range(2):
-            _, slots, rows = batch.advance()
+            rows, slots = batch.next()[1], batch.next_slots()
+            batch.advance(1)
         assert rows.pages[0, :page - 2].tolist() == list(range(3, page + 1)) and slots.tolist() == [2 * page + 1]
         assert rows.lengths.tolist() == [2 * (page - 2)]

@@ -287,7 +287,7 @@ def test_an_error_of_one_request_ends_it_alone():
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_pass_that_fails_leaves_the_engine_as_it_was(monkeypatch, window):
     """In the model and, because its states are no numbers, in the draw; each time a pass later."""
-    net, prompt, passes = model(1), [1, 2, 3, 4, 5, 6], [(Model, "hidden"), (PagedCache, "logits")]
+    net, prompt, passes = model(1), [1, 2, 3, 4, 5, 6], [(Model, "hidden"), (PagedCache, "logits"), (PagedCache, "run")]
     engine, expected = Engine(net, page_size=4), generate(net, [prompt, prompt[::-1]], 15, 2)
     engine.window = window
     handles = [engine.submit(Request(p, 15, stream=i)) for i, p in enumerate((prompt, prompt, prompt[::-1], prompt[::-1]))]
@@ -295,14 +295,16 @@ def test_a_pass_that_fails_leaves_the_engine_as_it_was(monkeypatch, window):
         for error, broken in ((ZeroDivisionError, lambda: 1 / 0), (ValueError, lambda: torch.nan)):
             calls = []
 
-            def failing(self, *args, run):
+            def failing(self, *args, run, **settings):
                 calls.append(0)
-                out = run(self, *args)
+                out = run(self, *args, **settings)
+                if len(calls) > good and settings:  # a run draws itself
+                    raise error
                 return out if len(calls) <= good else out * broken()
 
             with monkeypatch.context() as patch:
                 for owner, name in passes:
-                    patch.setattr(owner, name, lambda self, *args, run=getattr(owner, name): failing(self, *args, run=run))
+                    patch.setattr(owner, name, lambda self, *args, run=getattr(owner, name), **settings: failing(self, *args, run=run, **settings))
                 with pytest.raises(error):
                     while engine.step():
                         pass

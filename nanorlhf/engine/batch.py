@@ -10,8 +10,8 @@ from .cache import Rows
 from .request import Handle
 from .sample import Sampler
 
-# Rows of ``ints``. The first four are of the row's last token in the cache and of the last one drawn; a step adds 1 to each.
-POSITION, LENGTH, SLOT, STEP, ROOM, RECORD, USED, STOPS, FLAGS, STREAM = range(10)
+# Rows of ``ints``. The first three are of the row's last token in the cache and of the last one drawn; a step adds 1 to each.
+POSITION, LENGTH, STEP, ROOM, RECORD, USED, STOPS, FLAGS, STREAM = range(9)
 CONSTRAINED, ENTROPY, TOP, ATTENDED = (1 << i for i in range(4))  # bits of FLAGS
 SPARE = 4  # columns of page tables that are kept free, so that they are rarely made anew
 
@@ -23,7 +23,7 @@ class Batch:
     def __init__(self, slots: int, context: int, vocab_size: int, pages: int, page_size: int, device: torch.device):
         self.slots, self.vocab_size, self.page_count, self.page_size, self.device = slots, vocab_size, pages, page_size, device
         self.handles: List[Handle] = []
-        self.ints = np.zeros((10, slots), np.int64)
+        self.ints = np.zeros((9, slots), np.int64)
         self.table = np.zeros((slots, -(-context // page_size)), np.int32)
         self.ids, self.marks = np.empty((slots, context), np.int64), np.empty((4, slots, context), np.float32)
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -43,10 +43,9 @@ class Batch:
     def join(self, handle: Handle, pages: np.ndarray, length: int) -> None:
         """A row whose ``length`` tokens are in these pages; its next token is about to be drawn."""
         r, request, record, drawn = self.size, handle.request, self._free.pop(), len(handle.drawn)
-        slot = int(pages[(length - 1) // self.page_size]) * self.page_size + (length - 1) % self.page_size
         flags = (CONSTRAINED * (request.constraint is not None) | ENTROPY * request.entropy | TOP * (request.top_logprobs > 0)
                  | ATTENDED * handle.attended)
-        self.ints[:, r] = (length - 1, 0, slot, drawn, handle.room, record, len(pages), self._stop_index(frozenset(request.stop)), flags,
+        self.ints[:, r] = (length - 1, 0, drawn, handle.room, record, len(pages), self._stop_index(frozenset(request.stop)), flags,
                            (request.stream + (1 << 63)) % (1 << 64) - (1 << 63))
         self.table[r, :len(pages)] = pages
         if drawn:
@@ -82,16 +81,23 @@ class Batch:
         self.token[:len(rows)] = self.token[self.on_device(rows)]
         self.changed, self._sampler = True, None
 
-    def full(self) -> np.ndarray:
-        """Rows whose next token needs a new page."""
-        return np.flatnonzero((self.ints[POSITION, :self.size] + 1) % self.page_size == 0)
+    def ahead(self, limit: int) -> int:
+        """How many tokens, up to ``limit``, every row may draw before anybody has to look at one."""
+        ints = self.ints[:, :self.size]
+        if limit < 2 or np.bitwise_or.reduce(ints[FLAGS]) & ATTENDED:
+            return 1
+        return max(1, min(limit, int((ints[ROOM] - ints[STEP]).min()) - 1))
+
+    def lacking(self, count: int) -> np.ndarray:
+        """The rows, in order and as often as that, which need a page more for so many more tokens."""
+        ints = self.ints[:, :self.size]
+        return np.repeat(np.arange(self.size), np.maximum((ints[POSITION] + count) // self.page_size + 1 - ints[USED], 0))
 
     def add_pages(self, rows: np.ndarray, pages: np.ndarray) -> None:
-        """One more page for each of these rows, which are full."""
-        used = self.ints[USED, rows]
+        """One more page for each of these rows, in order; a row may be there several times."""
+        used = self.ints[USED, rows] + np.arange(len(rows)) - np.searchsorted(rows, rows)
         self.table[rows, used] = pages
-        self.ints[USED, rows] += 1
-        self.ints[SLOT, rows] = pages.astype(np.int64) * self.page_size - 1
+        np.add.at(self.ints[USED], rows, 1)
         if not self.changed:
             column = used - self.depth[rows]
             if column.max() < self.own.shape[1]:
@@ -119,12 +125,19 @@ class Batch:
         self.attended = np.flatnonzero(ints[FLAGS] & ATTENDED).tolist()
         self.changed = False
 
-    def advance(self) -> Tuple[Tensor, Tensor, Rows]:
-        """One more token of every row: positions (B,), slots (B,) and where its keys are."""
+    def next(self) -> Tuple[Tensor, Rows]:
+        """Of every row's next token in the cache: positions (B,), and where its keys are."""
         ints = self.ints[:, :self.size]
-        ints[:STEP + 1] += 1
-        lengths = self.on_device(ints[LENGTH].astype(np.int32))
-        return self.on_device(ints[POSITION]), self.on_device(ints[SLOT]), Rows(self.own_pages, lengths, self.prefix)
+        return self.on_device(ints[POSITION] + 1), Rows(self.own_pages, self.on_device((ints[LENGTH] + 1).astype(np.int32)), self.prefix)
+
+    def next_slots(self) -> Tensor:
+        """(B,) int64: where its key and value go."""
+        page, offset = np.divmod(self.ints[POSITION, :self.size] + 1, self.page_size)
+        return self.on_device(self.table[np.arange(self.size), page].astype(np.int64) * self.page_size + offset)
+
+    def advance(self, count: int) -> None:
+        """Every row has drawn so many tokens, and all but the last are in the cache."""
+        self.ints[:STEP + 1, :self.size] += count
 
     def sampler_from(self, low: int) -> Tuple[Sampler, Tensor]:
         """What draws for the rows from ``low`` on, about to draw, and their streams (R,)."""

@@ -56,6 +56,10 @@ class PagedCache:
         """The same in one call, with the product with the output matrix: (N, V), or (R, V) for the tokens ``last`` (R,) int64."""
         return ops.decode_step(decoder, tokens, positions, slots, self.k_pages, self.v_pages, *(rows or ()), cu_seqlens=cu_seqlens, last=last)
 
+    def run(self, decoder: PackedDecoder, tokens: Tensor, positions: Tensor, rows: Rows, *draws, **settings) -> Tuple[Tensor, Tensor]:
+        """The same for one token of each row, then a draw, several times: see ops.decode_run."""
+        return ops.decode_run(decoder, tokens, positions, self.k_pages, self.v_pages, *rows, *draws, **settings)
+
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Whole pages (k,) int64 to others."""
         for pages in (self.k_pages, self.v_pages):

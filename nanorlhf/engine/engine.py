@@ -24,7 +24,7 @@ from .prefill import Plan, Prefill, plan_next
 from .request import Completion, Handle, Request
 from .stops import TextStream
 
-WINDOW = 8  # steps between looks at what a GPU has drawn, where no request has to be looked at sooner
+WINDOW = 16  # steps between looks at what was drawn, where no request has to be looked at sooner
 POOL_BYTES = 1 << 31  # of a cache whose size is not asked for
 PREFILL_TOKENS = 4096  # prompts are run together up to about this many tokens
 
@@ -51,7 +51,7 @@ class Engine:
         self.tree = PrefixTree(self.pool)
         self.waiting: Deque[Handle] = deque()
         self.batch = self._new_batch(slots)
-        self.window = WINDOW if model.device.type == "cuda" else 1
+        self.window = WINDOW
         self._weights = list(model.parameters())
         self._casts: dict = {}
         self._known: Optional[tuple] = None
@@ -171,11 +171,11 @@ class Engine:
                     for handle, pages in zip(plan.handles, plan.tables):
                         self.batch.join(handle, pages, len(plan.context))
                 self.batch.compose()
-                drawn = self._draw(logits, hidden, low)
+                tokens, marks, top = self._draw(logits, hidden, low)
             except BaseException:
                 self._undo(plans, low)
                 raise
-            self._harvest(low, [drawn])
+            self._harvest(low, tokens.cpu().numpy()[None], marks.cpu().numpy()[:, None], top)
 
     def _undo(self, plans: List[Plan], low: int) -> None:
         """A pass that failed: its requests wait again, and nobody finds the pages that it may not have filled."""
@@ -209,41 +209,59 @@ class Engine:
         return logits_of(hidden, self._head), hidden
 
     def _decode(self) -> None:
-        drawn, window = [], 1
-        while len(drawn) < window:
-            if not self._grow(bool(drawn)):
-                break
-            batch = self.batch
-            batch.compose()
-            if not drawn and self.window > 1 and not batch.flags & columns.ATTENDED:
-                window = max(1, min(self.window, int((batch.ints[columns.ROOM] - batch.ints[columns.STEP])[:batch.size].min()) - 1))
-            positions, slots, rows = batch.advance()
-            try:
-                drawn.append(self._draw(*self._forward(batch.token[:batch.size], positions, slots, rows), 0))
-            except BaseException:  # the step never was
-                batch.ints[:columns.STEP + 1, :batch.size] -= 1
-                if drawn:
-                    self._harvest(0, drawn)
-                raise
-        if drawn:
-            self._harvest(0, drawn)
+        batch = self.batch
+        count = self._grow(batch.ahead(self.window)) if batch.size else 0
+        if not count:
+            return
+        batch.compose()
+        more = batch.flags & (columns.CONSTRAINED | columns.ENTROPY | columns.TOP)
+        if self._decoder is not None and not more and not batch.sampler_from(0)[0].filters:
+            return self._harvest(0, *self._run(count), None)
+        drawn: list = []
+        try:
+            for _ in range(count):
+                drawn.append(self._draw_next())
+        finally:  # of what was drawn before an error nothing is lost
+            if drawn:
+                tokens, marks, tops = zip(*drawn)
+                self._harvest(0, torch.stack(tokens).cpu().numpy(), torch.stack(marks, 1).cpu().numpy(), tops[0])
 
-    def _grow(self, fixed: bool) -> bool:
-        """A page for every row that has filled its last one; while there is none, the youngest row is put off. Returns whether rows can
-        go on; where they are ``fixed``, because their tokens were not looked at yet, none is put off."""
+    def _run(self, count: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Up to so many tokens of every row natively: tokens (K, B) and marks (3, K, B)."""
+        batch, (sampler, streams) = self.batch, self.batch.sampler_from(0)
+        (positions, rows), ints = batch.next(), batch.ints[:, :batch.size]
+        drawn, marks = self.cache.run(
+            self._decoder, batch.token[:batch.size], positions, rows, streams, batch.on_device(ints[columns.STEP] + 1), count,
+            batch.on_device(batch.stop_bits), batch.on_device(ints[columns.STOPS].copy()), seed=sampler.seed, **sampler.settings)  # fmt: skip
+        batch.token[:batch.size] = drawn[-1]
+        batch.advance(len(drawn))
+        return drawn.numpy(), marks.numpy()
+
+    def _draw_next(self) -> Tuple[Tensor, Tensor, Optional[tuple]]:
+        """Every row's next token, as _draw has it."""
+        batch = self.batch
+        (positions, rows), slots = batch.next(), batch.next_slots()
+        batch.advance(1)
+        try:
+            return self._draw(*self._forward(batch.token[:batch.size], positions, slots, rows), 0)
+        except BaseException:  # the step never was
+            batch.advance(-1)
+            raise
+
+    def _grow(self, count: int) -> int:
+        """Pages for so many tokens more of every row or, where the pool has not as many, for one; while it has not even these, the
+        youngest row is put off. Returns for how many there are; 0 where no row is left."""
         while self.batch.size:
-            full = self.batch.full()
-            pages = self._take(len(full)) if len(full) else None
-            if pages is None and len(full):
-                if fixed:
-                    return False
-                self._put_off(self.batch.size - 1)
-                self._crowded = True
-                continue
-            if len(full):
-                self.batch.add_pages(full, pages)
-            return True
-        return False
+            for wanted in dict.fromkeys((count, 1)):
+                rows = self.batch.lacking(wanted)
+                pages = self._take(len(rows)) if len(rows) else rows
+                if pages is not None:
+                    if len(rows):
+                        self.batch.add_pages(rows, pages)
+                    return wanted
+            self._put_off(self.batch.size - 1)
+            self._crowded = True
+        return 0
 
     def _put_off(self, row: int) -> None:
         """The last row goes back to the head of the queue with what it has drawn, and will be recomputed."""
@@ -264,12 +282,10 @@ class Engine:
             pages = np.concatenate((np.asarray(own, np.int32), pages[len(own):]))
         self.pool.release(pages)
 
-    def _harvest(self, low: int, drawn: list) -> None:
-        """Look at what was drawn for rows from ``low`` on, in one step or several: (tokens (R,), marks (M, R), top) each."""
+    def _harvest(self, low: int, tokens: np.ndarray, marks: np.ndarray, top: Optional[tuple]) -> None:
+        """Look at what was drawn for the rows from ``low`` on, in K steps: tokens (K, R), marks (M, K, R), and the first step's top."""
         batch = self.batch
         ints = batch.ints[:, low:batch.size]
-        tokens = torch.stack([t for t, *_ in drawn]).cpu().numpy() if len(drawn) > 1 else drawn[0][0].cpu().numpy()[None]
-        marks = torch.stack([m for _, m, _ in drawn], 1).cpu().numpy() if len(drawn) > 1 else drawn[0][1].cpu().numpy()[:, None]
         if tokens.min() < 0:
             raise ValueError("engine: the model's logits are no distribution")
         steps = ints[columns.STEP] + np.arange(1 - len(tokens), 1)[:, None]  # (K, R)
@@ -278,7 +294,7 @@ class Engine:
         stopped = batch.stop_bits[ints[columns.STOPS], tokens]
         ended = stopped | (steps + 1 >= ints[columns.ROOM])
         for row in batch.attended:
-            if row >= low and self._attend(batch.handles[row], row - low, int(tokens[0, row - low]), bool(ended[0, row - low]), drawn[0][2]):
+            if row >= low and self._attend(batch.handles[row], row - low, int(tokens[0, row - low]), bool(ended[0, row - low]), top):
                 stopped[0, row - low] = ended[0, row - low] = True
         if ended.any():
             rows = ended.any(0).nonzero()[0]

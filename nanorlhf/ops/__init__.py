@@ -4,7 +4,7 @@ gradient and its dispatch. backend.py knows what can run here."""
 from nanorlhf.ops import backend, optim
 from nanorlhf.ops.attention import attention, attention_decode
 from nanorlhf.ops.attention_paged import attention_paged
-from nanorlhf.ops.decode_step import PackedDecoder, decode_step
+from nanorlhf.ops.decode_step import PackedDecoder, decode_run, decode_step
 from nanorlhf.ops.divergence import token_divergence
 from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
@@ -25,6 +25,7 @@ __all__ = [
     "attention_decode",
     "attention_paged",
     "cross_entropy",
+    "decode_run",
     "decode_step",
     "embedding",
     "gae",

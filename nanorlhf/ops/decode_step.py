@@ -10,6 +10,7 @@ from nanorlhf import _C
 from nanorlhf.ops import backend
 from nanorlhf.ops.attention import MAX_HEAD_DIM
 from nanorlhf.ops.rope import _table
+from nanorlhf.ops.sample import apart, check_sampling, signed
 
 # The weights of a layer, by shape: norms (C,) or (D,), the others (columns, depth).
 NORMS, LINEAR = ("input_norm", "q_norm", "k_norm", "post_norm"), (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -48,14 +49,14 @@ class PackedDecoder:
         first = layers[0]
         (V, C), inner = embedding.shape, first["gate"].shape[0]
         self.shape = len(layers), C, inner, V, first["q"].shape[0] // head_dim, first["k"].shape[0] // head_dim, head_dim
-        self.dtype, self.eps, self.context, self.base = dtype, eps, context, rope_base
-        room = lambda weights: torch.zeros(_C.packed_elements(sum(w.shape[0] for w in weights), weights[0].shape[1]), dtype=dtype)
-        self._packed = [[room([layer[name] for name in names]) for names in LINEAR] for layer in layers]
-        self._head = room([head])
+        self.dtype = dtype
+        self._packed = [[_room([layer[name] for name in names], dtype) for names in LINEAR] for layer in layers]
+        self._head = _room([head], dtype)
         self.table = torch.tensor([[*(0 if layer[n] is None else layer[n].data_ptr() for n in NORMS), *(x.data_ptr() for x in packed)]
                                    for layer, packed in zip(layers, self._packed)])  # fmt: skip
         self.turns = _table(rope_base, head_dim, context)  # cosines and sines
-        self.addresses = tuple(x.data_ptr() for x in (embedding, self.table, norm, self._head, *self.turns))
+        addresses = tuple(x.data_ptr() for x in (embedding, self.table, norm, self._head, *self.turns))
+        self.described = self.shape, backend.DTYPES[dtype], eps, 1 / math.sqrt(head_dim), addresses, context  # as _C takes it
         self.pack()
 
     def pack(self):
@@ -70,6 +71,13 @@ def far_apart(x):
     if x.device.type == "cpu":
         _C.prefer_large_pages(x.data_ptr(), x.nbytes)
     return x
+
+
+def _room(weights, dtype):
+    """For these, side by side, packed; what stays free has to be 0."""
+    columns, depth = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    elements = _C.packed_elements(columns, depth)
+    return (torch.empty if elements == columns * depth else torch.zeros)(elements, dtype=dtype)
 
 
 def _pack(weights, packed):
@@ -90,33 +98,82 @@ def decode_step(decoder, tokens, positions, slots, k_pages, v_pages, pages=None,
     The logits have the same bits whatever the other rows and the number of threads, unless a row has a prefix with others. Raises
     ValueError for shapes and dtypes that do not fit, and for indices out of range.
     """
-    N, (layers, C, inner, V, H, kv_heads, D) = len(tokens), decoder.shape
-    k_shape, dtype = k_pages.shape, decoder.dtype
-    if k_shape != (layers, *k_shape[1:3], kv_heads, D) or v_pages.shape != k_shape or k_pages.dtype != dtype or v_pages.dtype != dtype:
-        raise ValueError(f"decode_step: expected k_pages and v_pages of shape ({layers}, P, page_size, {kv_heads}, {D}) in {decoder.dtype}, "
-                         f"got {tuple(k_pages.shape)} and {tuple(v_pages.shape)} in {k_pages.dtype} and {v_pages.dtype}")
-    B, width = (0, 0) if pages is None else pages.shape
+    N, V = len(tokens), decoder.shape[3]
+    rows, tables, given = _tables("decode_step", decoder, k_pages, v_pages, pages, lengths, prefix)
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-    prefixes, prefix_width = (0, 0) if prefix is None else prefix[0].shape
-    given = [(x, (N,), torch.int64) for x in (tokens, positions, slots)]
-    if B:
-        given += (pages, (B, width), torch.int32), (lengths, (B,), torch.int32)
-    if prefix is not None:
-        given += zip(prefix, ((prefixes, prefix_width), (prefixes,), (B,)), (torch.int32,) * 3)
+    given += [(x, (N,), torch.int64) for x in (tokens, positions, slots)]
     if cu_seqlens is not None:
         given.append((cu_seqlens, (sequences + 1,), torch.int32))
     if last is not None:
         given.append((last, (len(last),), torch.int64))
-    if any([x.shape != shape or x.dtype != dtype or not x.is_contiguous() for x, shape, dtype in given]) or not B == N and sequences < 1:
+    if not _fit(given) or not rows == N and sequences < 1:
         raise ValueError(f"decode_step: expected tokens, positions, slots and last in int64 and the arrays of attention_paged and cu_seqlens in int32, "
                          f"all contiguous, for as many tokens, got {', '.join(f'{tuple(x.shape)} in {x.dtype}' for x, *_ in given)}")
     logits = torch.empty(N if last is None else len(last), V)
-    at = lambda x: 0 if x is None else x.data_ptr()
-    paged = lambda x: (x.data_ptr(), *x.stride()[1:4])
     _C.decode_step(
-        decoder.shape, backend.DTYPES[dtype], decoder.eps, 1 / math.sqrt(D), decoder.addresses, decoder.context, N, at(tokens), at(positions),
-        at(slots), sequences, at(cu_seqlens), B, paged(k_pages), paged(v_pages), k_pages.stride(0), v_pages.stride(0), k_shape[2], k_shape[1],
-        width, at(pages), at(lengths), prefixes, prefix_width, *map(at, prefix or (None,) * 3), len(logits), at(last), at(logits),
-        torch.get_num_threads(),
+        decoder.described, N, tokens.data_ptr(), positions.data_ptr(), slots.data_ptr(), sequences, _at(cu_seqlens), _pool(k_pages, v_pages),
+        tables, len(logits), _at(last), logits.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return logits
+
+
+def decode_run(decoder, tokens, positions, k_pages, v_pages, pages, lengths, prefix, streams, steps, most, stops, stop_of,
+               seed=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):  # fmt: skip
+    """Up to ``most`` times ``decode_step`` and ``sample`` in turns: the tokens drawn, which are the next step's, as (K, B) int64, and
+    their logprobs, unfiltered and kept, as of ``sample``, as (3, K, B) fp32.
+
+    tokens to prefix: as of the first decode_step, of rows alone, whose slots are their pages' for their lengths; the tables have pages for
+    most - 1 tokens more. streams: (B,) int64, the requests of ``sample``, steps: (B,) int64, of the first draw; the settings are those
+    of ``sample``. stops: (S, V) bool, stop_of: (B,) int64: the row's row of it. K is less than ``most`` where a token in
+    ``stops`` was drawn, which the last step then has, or where logits were no distribution, if not the first: for these it raises.
+    """
+    B, V = len(tokens), decoder.shape[3]
+    rows, tables, given = _tables("decode_run", decoder, k_pages, v_pages, pages, lengths, prefix)
+    given += [(x, (B,), torch.int64) for x in (tokens, positions, streams, steps, stop_of)] + [(stops, (len(stops), V), torch.bool)]
+    settings = seed, temperature, top_k, top_p, min_p
+    (seed, temperature, top_k, top_p, min_p), own = apart("decode_run", B, tokens.device, settings)
+    given += [(x, x.shape, x.dtype) for x in own if x is not None]
+    if not _fit(given) or rows != B or most < 1 or B < 1 or not 0 <= int(stop_of.min()) <= int(stop_of.max()) < len(stops):
+        raise ValueError(f"decode_run: expected most of 1 or more, tokens, positions, streams, steps and stop_of (B,) in int64, stops (S, V) in bool, and "
+                         f"the arrays of attention_paged in int32, all contiguous, got {most} and "
+                         f"{', '.join(f'{tuple(x.shape)} in {x.dtype}' for x, *_ in given)}")
+    check_sampling(temperature, top_k, top_p, min_p)
+    drawn, marks = torch.empty(most, B, dtype=torch.int64), torch.empty(3, most, B)
+    made = _C.decode_run(
+        decoder.described, B, tokens.data_ptr(), positions.data_ptr(), _pool(k_pages, v_pages), tables, most, stops.data_ptr(), stop_of.data_ptr(),
+        streams.data_ptr(), steps.data_ptr(), signed(seed), temperature, top_k, top_p, min_p, tuple(map(_at, own or (None,) * 5)),
+        (drawn.data_ptr(), *(x.data_ptr() for x in marks)), torch.get_num_threads(),
+    )  # fmt: skip
+    return drawn[:made], marks[:, :made]
+
+
+def _at(x):
+    return 0 if x is None else x.data_ptr()
+
+
+def _fit(given):
+    """Whether these tensors have these shapes and dtypes, and are contiguous."""
+    return all([x.shape == shape and x.dtype == dtype and x.is_contiguous() for x, shape, dtype in given])
+
+
+def _pool(k_pages, v_pages):
+    k, v = ((x.data_ptr(), *x.stride()[1:4]) for x in (k_pages, v_pages))
+    return k, v, k_pages.stride(0), v_pages.stride(0), k_pages.shape[2], k_pages.shape[1]
+
+
+def _tables(op, decoder, k_pages, v_pages, pages, lengths, prefix):
+    """How many rows these are, their tables as _C takes them, and the tensors to be checked. ValueError for pools that are not the decoder's."""
+    layers, kv_heads, D = decoder.shape[0], *decoder.shape[5:]
+    shape, dtype = k_pages.shape, decoder.dtype
+    if len(shape) != 5 or shape != (layers, *shape[1:3], kv_heads, D) or v_pages.shape != shape or not k_pages.dtype == v_pages.dtype == dtype:
+        raise ValueError(f"{op}: expected k_pages and v_pages of shape ({layers}, P, page_size, {kv_heads}, {D}) in {dtype}, "
+                         f"got {tuple(shape)} and {tuple(v_pages.shape)} in {k_pages.dtype} and {v_pages.dtype}")
+    if pages is None:
+        return 0, (0,) * 9, []
+    B, width = pages.shape
+    given = [(pages, (B, width), torch.int32), (lengths, (B,), torch.int32)]
+    if prefix is None:
+        return B, (B, width, pages.data_ptr(), lengths.data_ptr(), 0, 0, 0, 0, 0), given
+    G, prefix_width = prefix[0].shape
+    given += zip(prefix, ((G, prefix_width), (G,), (B,)), (torch.int32,) * 3)
+    return B, (B, width, pages.data_ptr(), lengths.data_ptr(), G, prefix_width, *map(_at, prefix)), given

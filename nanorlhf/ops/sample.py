@@ -49,7 +49,7 @@ def sample(logits, seed, requests, steps, temperature=1.0, top_k=0, top_p=1.0, m
     """
     own, settings = [], (seed, temperature, top_k, top_p, min_p)
     if torch.Tensor in map(type, settings):
-        (seed, temperature, top_k, top_p, min_p), own = _apart(logits, settings)
+        (seed, temperature, top_k, top_p, min_p), own = apart("sample", len(logits), logits.device, settings)
     check_sampling(temperature, top_k, top_p, min_p)
     if logits.dim() != 2 or logits.shape[1] < 1 or not logits.is_floating_point():
         got = f"{tuple(logits.shape)} in {logits.dtype}"
@@ -59,10 +59,10 @@ def sample(logits, seed, requests, steps, temperature=1.0, top_k=0, top_p=1.0, m
         if x.shape != rows or x.dtype != torch.int64:
             raise ValueError(f"sample: expected {name} of shape ({len(logits)},) in int64, got {tuple(x.shape)} in {x.dtype}")
     if mask is not None:
-        _expect("mask", mask, (len(logits), (logits.shape[1] + 31) // 32), torch.int32, logits.device)
+        _expect("sample", "mask", mask, (len(logits), (logits.shape[1] + 31) // 32), torch.int32, logits.device)
     # Called directly, it does not pass torch's dispatcher, which for one row takes longer than the row.
     native = _sample_op if torch.compiler.is_compiling() else _sample
-    return (native if backend.use_native("sample", logits) else _reference_of_all)(logits.detach(), _signed(seed), requests, steps, temperature, top_k, top_p, min_p, own, mask)
+    return (native if backend.use_native("sample", logits) else _reference_of_all)(logits.detach(), signed(seed), requests, steps, temperature, top_k, top_p, min_p, own, mask)
 
 
 def check_sampling(temperature, top_k, top_p, min_p, where=""):
@@ -77,18 +77,18 @@ def check_sampling(temperature, top_k, top_p, min_p, where=""):
         raise ValueError(f"sample: expected min_p from 0 to 1, got {min_p}{where}")
 
 
-def _expect(name, x, shape, dtype, device):
+def _expect(op, name, x, shape, dtype, device):
     if x.shape != shape or x.dtype != dtype or x.device != device:
         wanted, got = f"{shape} in {dtype} on {device}", f"{tuple(x.shape)} in {x.dtype} on {x.device}"
-        raise ValueError(f"sample: expected {name} of shape {wanted.replace('torch.', '')}, got {got.replace('torch.', '')}")
+        raise ValueError(f"{op}: expected {name} of shape {wanted.replace('torch.', '')}, got {got.replace('torch.', '')}")
 
 
-def _apart(logits, settings):
+def apart(op, rows, device, settings):
     """The settings with the default where rows have their own, and these, None where there are none."""
     numbers, own = list(settings), [None] * len(settings)
     for i, (name, x) in enumerate(zip(DEFAULTS, settings, strict=True)):
         if isinstance(x, torch.Tensor):
-            _expect(name, x, (len(logits),), ROW_DTYPES[name], logits.device)
+            _expect(op, name, x, (rows,), ROW_DTYPES[name], device)
             numbers[i], own[i] = DEFAULTS[name], x
     return numbers, own
 
@@ -172,12 +172,12 @@ def uniforms(seed, requests, steps):
     >>> bool(uniforms(0, one, one)[0] == uniforms(0, three, torch.tensor([5, 7, 1]))[1])
     True
     """
-    state = _mix(requests + _signed((seed + 1) * _signed(_GOLDEN)))
-    state = _mix(state + (steps + 1) * _signed(_GOLDEN))
+    state = _mix(requests + signed((seed + 1) * signed(_GOLDEN)))
+    state = _mix(state + (steps + 1) * signed(_GOLDEN))
     return ((state >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
 
 
-def _signed(x):
+def signed(x):
     """A number modulo 2^64 as an int64; a tensor is one already."""
     if isinstance(x, torch.Tensor):
         return x
@@ -190,7 +190,7 @@ def _mix(x):
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
         x = x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))
         if factor is not None:
-            x = x * _signed(factor)
+            x = x * signed(factor)
     return x
 
 
