@@ -56,7 +56,7 @@ def test_a_row_has_its_place_its_table_and_its_record():
     batch.compose()
     assert batch.depth.tolist() == [1, 1] and batch.prefix[0].tolist() == [[4]] and batch.prefix[1].tolist() == [2]
     assert batch.ints[[POSITION, LENGTH, STEP], :2].T.tolist() == [[2, 1, 0], [3, 2, 1]]
-    assert batch.lacking(1).tolist() == [1] and batch.lacking(2).tolist() == [0, 1] and batch.lacking(4).tolist() == [0, 1, 1]
+    assert batch.lacking(1).tolist() == [1] and batch.lacking(2).tolist() == [0, 1] and batch.lacking(4).tolist() == [0, 0, 1, 1]
     batch.add_pages(np.array([1]), np.array([7], np.int32))
     assert not len(batch.lacking(1))
     (positions, rows), slots = batch.next(), batch.next_slots()

@@ -170,8 +170,8 @@ def test_inputs_that_do_not_fit_are_named():
         ((tokens, positions, slots - 999, rows), r"expected slots in \[0, "),
         ((tokens, positions, slots, rows._replace(pages=rows.pages + 99)), r"expected pages in \[0, P - 1 = "),
         ((tokens, positions, slots, rows._replace(lengths=rows.lengths + 99)), "expected lengths in"),
-        ((tokens.int(), positions, slots, rows), "expected tokens, positions and slots"),
-        ((tokens, positions[:2], slots, rows), "expected tokens, positions and slots"),
+        ((tokens.int(), positions, slots, rows), "expected tokens, positions, slots and last in int64"),
+        ((tokens, positions[:2], slots, rows), "expected tokens, positions, slots and last in int64"),
     ):
         with pytest.raises(ValueError, match="decode_step: " + message):
             cache.logits(decoder, *arguments)

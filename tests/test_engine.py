@@ -107,8 +107,18 @@ def scheduled(engine, requests, rng, cancels=0.05):
     return handles
 
 
-def check_schedule(count, distinct, seed):
-    """The same tokens, log-probs and text as one by one, through an engine that is too small; beginnings of them where cancelled."""
+def same(got, expected, exact):
+    """Of completions or their values: without the setting of deterministic a float may differ where it was recomputed or a prefix is shared."""
+    if exact:
+        return got == expected
+    if isinstance(got, (list, tuple)):
+        return len(got) == len(expected) and all(same(x, y, False) for x, y in zip(got, expected))
+    return abs(got - expected) < 1e-4 if isinstance(got, float) else got == expected
+
+
+def check_schedule(count, distinct, seed, exact=True):
+    """The same tokens, log-probs and text as one by one, through an engine that is too small; beginnings of them where cancelled. Where
+    sums are not always in one order, a draw or top-p may be decided by the last bit: in one of a thousand requests."""
     net, rng = model(1, loud=False, vocab_size=V, context=48), np.random.default_rng(seed)
     kinds = workload(distinct, seed)
     one = Engine(net, TOK, slots=1, keep=False)
@@ -116,15 +126,16 @@ def check_schedule(count, distinct, seed):
     chosen = rng.integers(0, distinct, count) if count > distinct else np.arange(count)
     engine, put_off = Engine(net, TOK, slots=8, pool_tokens=112, page_size=4), []
     engine._put_off, original = lambda row: (put_off.append(row), original(row)), engine._put_off
-    cancelled = 0
+    cancelled = different = 0
     for handle, which in zip(scheduled(engine, [kinds[i] for i in chosen], rng), chosen, strict=True):
         got, expected = handle.result(), alone[which]
         if got.finish_reason == "cancelled":
             cancelled += 1
             n = len(got.ids)
-            assert (got.ids, got.logprobs, got.kept) == (expected.ids[:n], expected.logprobs[:n], expected.kept[:n])
-            continue
-        assert vars(got) == vars(expected), kinds[which]
+            different += not same((got.ids, got.logprobs, got.kept), (expected.ids[:n], expected.logprobs[:n], expected.kept[:n]), exact)
+        else:
+            different += not same([*vars(got).values()], [*vars(expected).values()], exact)
+        assert different <= (0 if exact else count / 1000), kinds[which]
     reasons = [c.finish_reason for c in alone]
     assert 0.3 * distinct < reasons.count("length") and 0.15 * distinct < reasons.count("stop")
     assert count / 100 < cancelled < count / 5 and len(put_off) > count / 50
@@ -135,9 +146,18 @@ def test_requests_that_come_and_go_at_random_draw_what_they_draw_one_by_one(dete
     check_schedule(300, 300, 0)
 
 
+def test_and_do_so_natively():
+    check_schedule(300, 300, 0, exact=False)
+
+
 @pytest.mark.slow
 def test_ten_thousand_requests_that_come_and_go_at_random(deterministic):
     check_schedule(10_000, 1000, 1)
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_natively():
+    check_schedule(10_000, 1000, 1, exact=False)
 
 
 def test_looking_at_the_tokens_every_few_steps_changes_nothing(deterministic):
@@ -157,6 +177,13 @@ def counted(monkeypatch):
     for owner, name in ((Model, "hidden"), (PagedCache, "logits")):
         run, at = getattr(owner, name), 1 if name == "logits" else 0
         monkeypatch.setattr(owner, name, lambda self, *given, run=run, at=at: counts.append(len(given[at])) or run(self, *given))
+
+    def several(self, *given, run=PagedCache.run, **settings):
+        drawn, marks = run(self, *given, **settings)
+        counts.extend([drawn.shape[1]] * len(drawn))
+        return drawn, marks
+
+    monkeypatch.setattr(PagedCache, "run", several)
     return counts
 
 
@@ -166,6 +193,7 @@ def test_samples_of_a_prompt_run_it_once_and_hold_its_full_pages_once(monkeypatc
     net, counts = model(3, loud=False, context=600), counted(monkeypatch)
     prompt = random_sequences(1, 516, shortest=516)[0]
     engine = Engine(net, pool_tokens=600 + 64 * 16)
+    engine.window = 1
     handles = [engine.submit(Request(prompt, 5, stream=i)) for i in range(64)]
     engine.step()
     assert counts == [516, 64] and engine.pool.count - engine.pool.free == 32 + 64
@@ -194,9 +222,10 @@ def test_what_has_been_read_is_not_read_again(monkeypatch):
 
 
 def test_an_update_of_the_weights_is_seen_by_the_next_step_and_empties_the_tree():
-    net, engine = model(1), None
+    net = model(1)
     prompts = random_sequences(4, 20, seed=9, shortest=10)
     engine = Engine(net, page_size=4)
+    engine.window = 1
     requests = [Request(p, 8, GREEDY) for p in prompts]
     before = engine.run(requests)
     assert len(engine.tree) and engine.run(requests) == before
@@ -284,23 +313,26 @@ def test_an_error_of_one_request_ends_it_alone():
     assert empty(engine)
 
 
-@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("window", [1, 2])
 def test_a_pass_that_fails_leaves_the_engine_as_it_was(monkeypatch, window):
     """In the model and, because its states are no numbers, in the draw; each time a pass later."""
     net, prompt, passes = model(1), [1, 2, 3, 4, 5, 6], [(Model, "hidden"), (PagedCache, "logits"), (PagedCache, "run")]
-    engine, expected = Engine(net, page_size=4), generate(net, [prompt, prompt[::-1]], 15, 2)
+    engine, expected = Engine(net, page_size=4), generate(net, [prompt, prompt[::-1]], 25, 2)
     engine.window = window
-    handles = [engine.submit(Request(p, 15, stream=i)) for i, p in enumerate((prompt, prompt, prompt[::-1], prompt[::-1]))]
+    handles = [engine.submit(Request(p, 25, stream=i)) for i, p in enumerate((prompt, prompt, prompt[::-1], prompt[::-1]))]
     for good in range(4):
-        for error, broken in ((ZeroDivisionError, lambda: 1 / 0), (ValueError, lambda: torch.nan)):
+        for error, broken in ((ZeroDivisionError, lambda: 1 / 0), (ValueError, lambda: None)):
             calls = []
 
             def failing(self, *args, run, **settings):
                 calls.append(0)
                 out = run(self, *args, **settings)
-                if len(calls) > good and settings:  # a run draws itself
+                if len(calls) <= good:
+                    return out
+                broken()
+                if settings:  # a run draws itself
                     raise error
-                return out if len(calls) <= good else out * broken()
+                return out * torch.nan
 
             with monkeypatch.context() as patch:
                 for owner, name in passes:

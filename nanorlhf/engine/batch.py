@@ -12,7 +12,7 @@ from .sample import Sampler
 
 # Rows of ``ints``. The first three are of the row's last token in the cache and of the last one drawn; a step adds 1 to each.
 POSITION, LENGTH, STEP, ROOM, RECORD, USED, STOPS, FLAGS, STREAM = range(9)
-CONSTRAINED, ENTROPY, TOP, ATTENDED = (1 << i for i in range(4))  # bits of FLAGS
+CONSTRAINED, ENTROPY, TOP, ATTENDED, FILTERED = (1 << i for i in range(5))  # bits of FLAGS
 SPARE = 4  # columns of page tables that are kept free, so that they are rarely made anew
 
 
@@ -44,7 +44,7 @@ class Batch:
         """A row whose ``length`` tokens are in these pages; its next token is about to be drawn."""
         r, request, record, drawn = self.size, handle.request, self._free.pop(), len(handle.drawn)
         flags = (CONSTRAINED * (request.constraint is not None) | ENTROPY * request.entropy | TOP * (request.top_logprobs > 0)
-                 | ATTENDED * handle.attended)
+                 | ATTENDED * handle.attended | FILTERED * (request.sampling.repetition_penalty != 1 or bool(request.sampling.logit_bias)))
         self.ints[:, r] = (length - 1, 0, drawn, handle.room, record, len(pages), self._stop_index(frozenset(request.stop)), flags,
                            (request.stream + (1 << 63)) % (1 << 64) - (1 << 63))
         self.table[r, :len(pages)] = pages
@@ -140,7 +140,7 @@ class Batch:
         self.ints[:STEP + 1, :self.size] += count
 
     def sampler_from(self, low: int) -> Tuple[Sampler, Tensor]:
-        """What draws for the rows from ``low`` on, about to draw, and their streams (R,)."""
+        """What draws for the rows from ``low`` on, whose STEP is of the token about to be drawn, and their streams (R,)."""
         if low == 0 and self._sampler is not None:
             return self._sampler
         requests, steps, seen = [h.request for h in self.handles[low:]], self.ints[STEP, low:self.size].tolist(), None

@@ -214,8 +214,8 @@ class Engine:
         if not count:
             return
         batch.compose()
-        more = batch.flags & (columns.CONSTRAINED | columns.ENTROPY | columns.TOP)
-        if self._decoder is not None and not more and not batch.sampler_from(0)[0].filters:
+        more = batch.flags & (columns.CONSTRAINED | columns.ENTROPY | columns.TOP | columns.FILTERED)
+        if self._decoder is not None and not more:
             return self._harvest(0, *self._run(count), None)
         drawn: list = []
         try:
