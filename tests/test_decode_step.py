@@ -1,4 +1,4 @@
-"""ops.decode_step: a token of every row through all layers at once, checked against the layers one by one in fp64."""
+"""ops.decode_step and decode_run: tokens through all layers at once, checked against the layers one by one in fp64."""
 
 import math
 import os
@@ -100,10 +100,88 @@ def check(shape, dtype, rows, prefixes=()):
     assert torch.equal(kept, given)
 
 
+def with_prompts(net, rows, lengths, seed=5):
+    """step_of with whole sequences of these lengths before the rows: (arguments, cu_seqlens, pool), rows None if there are 0."""
+    g = torch.Generator().manual_seed(seed)
+    (tokens, positions, slots, own), pool = step_of(net, max(rows, 1))
+    tokens, positions, slots = (x[:rows] for x in (tokens, positions, slots))
+    fresh = sum(-(-n // SIZE) for n in lengths)
+    first = pool.shape[2]
+    pool = torch.cat((pool, torch.full((*pool.shape[:2], fresh, *pool.shape[3:]), math.nan)), 2)
+    pages, new = (first + torch.randperm(fresh, generator=g)).tolist(), []
+    for n in lengths:
+        table, pages = pages[: -(-n // SIZE)], pages[-(-n // SIZE):]
+        new += [table[t // SIZE] * SIZE + t % SIZE for t in range(n)]
+    whole = torch.cat([torch.arange(n) for n in lengths])
+    ids = torch.randint(0, net.config.vocab_size, (len(new),), generator=g)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    arguments = torch.cat((ids, tokens)), torch.cat((whole, positions)), torch.cat((torch.tensor(new), slots)), own if rows else None
+    return arguments, cu_seqlens, pool
+
+
+def check_prompts(shape, dtype, rows, lengths):
+    """Whole sequences beside rows, a few tokens and many, and the logits of all or of some."""
+    net, exact_net = nets(shape, dtype)
+    (tokens, positions, slots, own), cu_seqlens, pool = with_prompts(net, rows, lengths)
+    found = []
+    for one in (exact_net, net):
+        cache, before = cache_of(one, pool), backend.force("reference")
+        try:
+            wide = torch.promote_types(one.compute_dtype, torch.float32)
+            hidden = cache.forward(one, tokens, positions, slots, cu_seqlens, own)
+            found.append((hidden.to(wide) @ one.head_weight.to(one.compute_dtype).to(wide).T, cache.k_pages))
+        finally:
+            backend.force(before)
+    last = torch.tensor([len(tokens) - 1, 0, len(tokens) // 2, 0])
+    for some in (None, last):
+        cache = cache_of(net, pool)
+        ours = cache.logits(packed_decoder(net), tokens, positions, slots, own, cu_seqlens, some)
+        (exact, exact_k), (naive, naive_k) = found
+        exact, naive = (x if some is None else x[some] for x in (exact, naive))
+        keys = [k.flatten(1, 2)[:, slots].double() for k in (exact_k, naive_k, cache.k_pages)]
+        for z, y, x in ((exact, naive, ours), keys):
+            error, allowed = (x.double() - z).abs().max(), (y.double() - z).abs().max()
+            assert error <= 2 * allowed + 8 * torch.finfo(dtype).eps * z.abs().max(), (shape, dtype, rows, len(lengths), error, allowed)
+
+
+def check_run(shape, dtype, prefixes=()):
+    """A run draws what steps and draws in turns do, to the bit; it ends with a token that ends a row."""
+    net = nets(shape, dtype)[0]
+    (tokens, positions, slots, own), pool = step_of(net, 7, prefixes)
+    B, most, V, spare = 7, 6, net.config.vocab_size, pool.shape[2]
+    pages = torch.cat((own.pages, torch.zeros(B, 2).int()), 1)
+    for b, n in enumerate(own.lengths.tolist()):  # two pages more of each row
+        pages[b, -(-n // SIZE): -(-n // SIZE) + 2] = torch.tensor([spare + 2 * b, spare + 2 * b + 1])
+    pool = torch.cat((pool, torch.full((*pool.shape[:2], 2 * B, *pool.shape[3:]), math.nan)), 2)
+    streams, steps, settings = torch.arange(B) + 100, torch.arange(B) % 3, {"seed": 2**64 - 5, "temperature": 0.8, "top_k": 9}
+    if prefixes:
+        settings["temperature"] = torch.linspace(0, 2, B, dtype=torch.float64)
+    decoder, by_steps, expected = packed_decoder(net), cache_of(net, pool), []
+    at = tokens
+    for i in range(most):
+        lengths = (own.lengths + i).int()
+        last = lengths.long() - 1
+        here = pages[torch.arange(B), last // SIZE].long() * SIZE + last % SIZE
+        logits = by_steps.logits(decoder, at, positions + i, here, Rows(pages, lengths, own.prefix))
+        at, *marks = ops.sample(logits, requests=streams, steps=steps + i, **settings)
+        expected.append((at, torch.stack(marks)))
+    drawn, marks = (torch.stack([e[i] for e in expected], i) for i in (0, 1))
+    stops, stop_of = torch.zeros(2, V, dtype=torch.bool), torch.arange(B) % 2
+    cache = cache_of(net, pool)
+    run = lambda stops: cache.run(decoder, tokens, positions, Rows(pages, own.lengths, own.prefix), streams, steps, most, stops, stop_of, **settings)
+    ours = run(stops)
+    assert torch.equal(ours[0], drawn) and torch.equal(ours[1], marks)
+    assert torch.equal(cache.k_pages.nan_to_num(7), by_steps.k_pages.nan_to_num(7))
+    row = 3
+    stops[1, drawn[2, row]] = True
+    ends = min(i for i in range(most) if stops[stop_of, drawn[i]].any())
+    assert ends <= 2 and torch.equal(run(stops)[0], drawn[: ends + 1])
+
+
 EVERY = """
 import sys, torch
 from nanorlhf import _C
-from test_decode_step import SHAPES, alone_and_together, check
+from test_decode_step import SHAPES, alone_and_together, check, check_prompts, check_run
 
 assert _C.isa() == sys.argv[1]
 with torch.no_grad():
@@ -112,6 +190,10 @@ with torch.no_grad():
             for rows, prefixes in ((1, ()), (5, (8,)), (18, (4, 140)), (70, ())):
                 check(shape, dtype, rows, prefixes)
             alone_and_together(shape, dtype, 70)
+            for rows, lengths in ((0, [1]), (2, [3, 1, 7]), (5, [40, 1, 33, 130, 17, 90])):
+                check_prompts(shape, dtype, rows, lengths)
+            check_run(shape, dtype)
+            check_run(shape, dtype, (8,))
 """
 
 
@@ -147,6 +229,22 @@ def test_new_weights_are_those_of_the_next_step_once_packed(dtype):
     assert torch.equal(cache_of(net, pool).logits(decoder, *arguments), at_once(net, arguments, pool)[0])
 
 
+@torch.no_grad()
+def test_a_run_ends_before_logits_that_are_no_distribution():
+    """Token 5 has no numbers for an embedding: the run ends with it, and the next one raises."""
+    net = nets(dict(SHAPES[0], tied=False), torch.float32)[0]
+    (tokens, positions, slots, own), pool = step_of(net, 1)
+    own = own._replace(pages=torch.cat((own.pages[:, :-1], torch.tensor([[0, 1, 2, 3, 4]]).int()), 1))
+    decoder, cache = packed_decoder(net), cache_of(net, pool.nan_to_num(0))
+    one, stops = torch.ones(1, dtype=torch.int64), torch.zeros(1, 23, dtype=torch.bool)
+    run = lambda at, stream: cache.run(decoder, at, positions, own, stream * one, 0 * one, 12, stops, 0 * one, temperature=3.0)
+    stream, drawn = next((s, d) for s in range(99) if 5 in (d := run(tokens, s)[0])[1:9])
+    net.model.embed_tokens.weight[5] = math.nan
+    assert torch.equal(run(tokens, stream)[0], drawn[: (drawn[:, 0] == 5).nonzero()[0, 0] + 1])
+    with pytest.raises(ValueError, match="row 0 that is NaN"):
+        run(5 * one, stream)
+
+
 def test_what_goes_layer_by_layer():
     assert packed_decoder(model()) is not None
     assert packed_decoder(model(variant="gpt2", qk_norm=False)) is None
@@ -175,5 +273,22 @@ def test_inputs_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match="decode_step: " + message):
             cache.logits(decoder, *arguments)
+    with pytest.raises(ValueError, match="expected cu_seqlens to rise from 0 to N = 3"):
+        cache.logits(decoder, tokens, positions, slots, cu_seqlens=torch.tensor([0, 2]).int())
+    with pytest.raises(ValueError, match=r"expected last in \[0, 3\), got 3"):
+        cache.logits(decoder, tokens, positions, slots, rows, last=torch.tensor([3]))
+    with pytest.raises(ValueError, match="for as many tokens"):
+        cache.logits(decoder, tokens, positions, slots)
+    draws = torch.arange(3), torch.arange(3), 2, torch.zeros(1, 23, dtype=torch.bool)
+    for arguments, message in (
+        ((*draws, torch.ones(3, dtype=torch.int64)), "stop_of"),
+        ((*draws[:2], 0, draws[3], torch.zeros(3, dtype=torch.int64)), "expected most of 1 or more"),
+        ((*draws[:2], 99, draws[3], torch.zeros(3, dtype=torch.int64)), "expected lengths in"),
+        ((*draws[:3], draws[3].int(), torch.zeros(3, dtype=torch.int64)), "in bool"),
+    ):
+        with pytest.raises(ValueError, match="decode_run: .*" + message):
+            cache.run(decoder, tokens, positions, rows, *arguments)
+    with pytest.raises(ValueError, match="top_p above 0"):
+        cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), top_p=0)
     with pytest.raises(ValueError, match="expected k_pages and v_pages"):
         ops.decode_step(decoder, tokens, positions, slots, cache.k_pages.double(), cache.v_pages, rows.pages, rows.lengths)

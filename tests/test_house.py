@@ -25,7 +25,7 @@ STAGES = {"pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo", "best_of_n"
 NATIVE_ROOMS = {"ops", "tokenizer", "tokenizer_json", "pretokenize", "chat", "__init__"}  # the only ones that touch _C and _cuda
 
 # A native file is tested under its own stem, or under that of the Python module which is its public face.
-FACES = {"bpe": "tokenizer", "merge": "tokenizer", "pretokenize": "tokenizer", "scan": "tokenizer", "split": "tokenizer", "isa": "backend"}
+FACES = {"bpe": "tokenizer", "decode_run": "decode_step", "merge": "tokenizer", "pretokenize": "tokenizer", "scan": "tokenizer", "split": "tokenizer", "isa": "backend"}
 # Compiled once an instruction set from the same code, which is tested where it is called.
 PER_ISA = re.compile(r"_(portable|sse\w*|avx\w*|amx\w*|neon|sve\w*|sm\d+\w*)$")
 
