@@ -63,7 +63,11 @@ def adds_one(kernels, is_backward, rows, columns, dtype, x, dy, out, lane):
     return True
 
 
-def does_nothing(kernels, *args):
+def does_nothing(kernels, is_backward, rows, columns, dtype, x, dy, out, lane):
+    """And the memory for its result holds NaN, not by chance what is right."""
+    width = (4, 2)[dtype]
+    first = torch.frombuffer((ctypes.c_char * (rows * columns * width)).from_address(out), dtype=(torch.float32, torch.bfloat16)[dtype])
+    assert first.isnan().all()
     return True
 
 

@@ -11,6 +11,7 @@ import re
 import tempfile
 import threading
 import warnings
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -168,7 +169,8 @@ def _disagreement(op, device):
 def compare(kernel, reference, inputs, dtype):
     """How kernel(*inputs) and its gradients are too far from the reference in fp64; None if they are not."""
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-    ours = _values(kernel, inputs)  # first, so that no memory of the reference's results can pass for them
+    with _nothing_left():
+        ours = _values(kernel, inputs)
     naive = _values(reference, inputs)
     exact = _values(reference, [x.double() if x.is_floating_point() else x for x in inputs])
     largest = max(float(z.abs().max()) for z in exact if z.numel())
@@ -180,6 +182,21 @@ def compare(kernel, reference, inputs, dtype):
         if not error <= FACTOR * allowed + floor:
             return f"result {i} is off by {error:.3g} where {FACTOR * allowed + floor:.3g} would do"
     return None
+
+
+@contextmanager
+def _nothing_left():
+    """Fresh tensors hold NaN: no memory of a right result can pass for one that a kernel has not written."""
+    on, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(on, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _values(op, inputs):
