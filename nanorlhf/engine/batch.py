@@ -84,7 +84,7 @@ class Batch:
 
     def full(self) -> np.ndarray:
         """Rows whose next token needs a new page."""
-        return np.flatnonzero((self.ints[POSITION, :self.size] + 1) % self.page_size == 0)
+        return np.flatnonzero(self.ints[POSITION, :self.size] + 1 == self.ints[USED, :self.size] * self.page_size)
 
     def add_pages(self, rows: np.ndarray, pages: np.ndarray) -> None:
         """One more page for each of these rows, which are full."""
