@@ -351,6 +351,30 @@ def test_a_step_that_fails_where_a_page_begins_takes_no_second_page(monkeypatch)
         assert [h.result().ids for h in handles] == expected and empty(engine)
 
 
+def test_tokens_that_a_window_lost_lead_to_no_page(monkeypatch):
+    """As where a GPU, which nobody waits for, tells of logits that are no distribution only when the window is looked at."""
+    net, prompt = model(1), [1, 2, 3, 4]
+    engine = Engine(net, slots=1, page_size=4)
+    engine.window = 4
+    first, second = (engine.run([Request(prompt, 12, stream=i)])[0].ids for i in (1, 2))
+    engine.tree.clear()
+    engine.run([Request(prompt, 12, stream=1)])
+    draw, calls = engine._draw, []
+
+    def failing(*args):
+        tokens, *more = draw(*args)
+        calls.append(0)
+        return tokens if len(calls) < 9 else torch.full_like(tokens, -1), *more
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_draw", failing)
+        with pytest.raises(ValueError, match="no distribution"):
+            engine.run([Request(prompt, 12, stream=2)])
+    asked = [Request(prompt + second[:5] + first[5:8] + [3], 5, GREEDY)]
+    (got,), (wanted,) = engine.run(asked), Engine(net).run(asked)
+    assert got.ids == wanted.ids and np.allclose(got.unfiltered, wanted.unfiltered, atol=1e-5) and empty(engine)
+
+
 def test_a_bias_that_bans_what_the_constraint_asks_for_ends_that_request_alone():
     engine = Engine(model(1, vocab_size=V))
     bad = engine.submit(Request([1], 9, SamplingConfig(logit_bias=((8, -np.inf),)), constraint=Alternating(8)))

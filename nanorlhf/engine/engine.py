@@ -290,11 +290,11 @@ class Engine:
         ints = batch.ints[:, low:batch.size]
         tokens = torch.stack([t for t, *_ in drawn]).cpu().numpy() if len(drawn) > 1 else drawn[0][0].cpu().numpy()[None]
         marks = torch.stack([m for _, m, _ in drawn], 1).cpu().numpy() if len(drawn) > 1 else drawn[0][1].cpu().numpy()[:, None]
-        if tokens.min() < 0:
-            raise ValueError("engine: the model's logits are no distribution")
         steps = ints[columns.STEP] + np.arange(1 - len(tokens), 1)[:, None]  # (K, R)
         batch.ids[ints[columns.RECORD], steps] = tokens
         batch.marks[:len(marks), ints[columns.RECORD], steps] = marks
+        if tokens.min() < 0:  # of which the books are right, so that nobody finds a page by what an earlier request has drawn
+            raise ValueError("engine: the model's logits are no distribution")
         stopped = batch.stop_bits[ints[columns.STOPS], tokens]
         ended = stopped | (steps + 1 >= ints[columns.ROOM])
         for row in batch.attended:
