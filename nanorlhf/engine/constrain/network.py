@@ -6,7 +6,7 @@ a rule of its own, so that "up to 1000 characters of a JSON string" is a thousan
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from nanorlhf.engine.constrain.language import Alt, Both, Chars, Expr, Language,
 from nanorlhf.ops.token_mask import Automaton
 
 MOST_STATES = 1_000_000  # of a network: some 100 MB while it is built
+_MOST_EMPTY = 2000  # calls of a rule that may be empty: all are open at once, in memory that is the square of their number
 _COPIED = 64  # states that the copies of a repeated part may take before it becomes a rule
 
 
@@ -260,6 +261,8 @@ def _check_left_recursion(network: Network, language: Language) -> None:
         calls[source].append((rule, back))
     at_end = _alive(network, bytes_too=False)
     empty = {start for start in network.ends if start in at_end}  # of rules that may be empty
+    if max(Counter(rule for _, rule, _ in network.calls if rule in empty).values(), default=0) > _MOST_EMPTY:
+        raise ValueError(f"constrain: expected what may be empty to be repeated at most {_MOST_EMPTY} times, got more in {language.source}")
     reached = {start: _without_bytes(start, jumps, calls, empty) for start in network.ends}
     first = {start: {rule for state in states for rule, _ in calls[state]} for start, states in reached.items()}
     beginners = defaultdict(list)
