@@ -51,7 +51,7 @@ Automaton::Automaton(const Network& network) : edges_(network.edges), jumps_(net
     for (int32_t s : network.ends) is_end_[s] = 1;
     only_ends_.assign(network.states, 0);
     std::vector<char> known(network.states, 0);
-    for (int32_t s = 0; s < network.states; s++) only_ends_[s] = leads_only_to_ends(s, known);
+    for (int32_t s = 0; s < network.states; s++) only_ends_[s] = leads_only_to_ends(s, known, 0);
 
     std::array<bool, 257> cut{};
     cut[0] = true;
@@ -64,12 +64,13 @@ Automaton::Automaton(const Network& network) : edges_(network.edges), jumps_(net
 
 // Coming back to such a state is coming back from its own rule, so that a call there needs no frame: a rule that ends by
 // calling itself keeps its stack as it is.
-bool Automaton::leads_only_to_ends(int32_t state, std::vector<char>& known) {
-    if (known[state]) return only_ends_[state];
+bool Automaton::leads_only_to_ends(int32_t state, std::vector<char>& known, int32_t depth) {
+    constexpr int32_t kDeepest = 1000;  // "no" is right everywhere, and takes a frame more
+    if (known[state] || depth > kDeepest) return only_ends_[state];
     known[state] = 1;  // while it is worked out, and in a cycle of jumps: no
     const bool leaves = first_edge_[state] < first_edge_[state + 1] || first_call_[state] < first_call_[state + 1];
     bool only = !leaves && (is_end_[state] || first_jump_[state] < first_jump_[state + 1]);
-    for (int32_t j = first_jump_[state]; only && j < first_jump_[state + 1]; j++) only = leads_only_to_ends(jumps_[j].to, known);
+    for (int32_t j = first_jump_[state]; only && j < first_jump_[state + 1]; j++) only = leads_only_to_ends(jumps_[j].to, known, depth + 1);
     only_ends_[state] = only;
     return only;
 }

@@ -87,7 +87,7 @@ private:
     int32_t* new_row();
     uint32_t pushed(int32_t back, uint32_t stack);
     uint32_t merged(uint32_t one, uint32_t other);
-    bool leads_only_to_ends(int32_t state, std::vector<char>& known);
+    bool leads_only_to_ends(int32_t state, std::vector<char>& known, int32_t depth);
     const std::vector<int32_t>& after_character(int32_t node);
     bool all_follow(int32_t node, int low, int high, int more, std::vector<int32_t>& reached);
 };

@@ -65,7 +65,7 @@ class Assistant:
     def text(self, completion: Completion) -> str:
         """A completion's text, without special tokens."""
         special = set(self.tokenizer.special_tokens.values())
-        return self.tokenizer.decode([i for i in completion.ids if i not in special])
+        return self.tokenizer.decode([i for i in completion.ids if i < self.tokenizer.vocab_size and i not in special])
 
     def tokens_with(self, piece: str) -> List[int]:
         """Ids of the ordinary tokens whose bytes contain ``piece``."""

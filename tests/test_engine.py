@@ -1,5 +1,7 @@
 """engine/engine.py: a request's tokens are its own, and every page comes back."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -313,6 +315,125 @@ def test_an_error_of_one_request_ends_it_alone():
     assert empty(engine)
 
 
+def test_a_callback_may_submit_and_cancel_whom_it_likes_and_not_decode():
+    net, prompts = model(1, vocab_size=V), random_sequences(6, 9, V, 3)
+    expected = [c.ids for c in generate(net, prompts, 12)]
+    for who, victim, at in itertools.product(range(6), range(6), (1, 3, 6)):
+        engine, handles, heard, more = Engine(net, TOK, page_size=4), [], [[] for _ in prompts], []
+
+        def hear(i, token):
+            heard[i].append(token)
+            if i == who and len(heard[i]) == at:
+                engine.cancel(handles[victim])
+                more.append(engine.submit(Request(prompts[0], 12)))
+                with pytest.raises(ValueError, match="a callback may submit and cancel requests, not decode"):
+                    engine.step()
+
+        for i, prompt in enumerate(prompts):  # two of the others end when the victim is cancelled
+            handles.append(engine.submit(Request(prompt, 6 if i % 2 else 12, stream=i, on_token=lambda token, i=i: hear(i, token))))
+        while engine.step():
+            pass
+        for i, handle in enumerate(handles):
+            ids, room = handle.result().ids, 6 if i % 2 else 12
+            assert ids == heard[i] == expected[i][:at if i == victim else room]
+            assert handle.completion.finish_reason == ("cancelled" if i == victim and at < room else "length")
+        assert more[0].result().ids == expected[0] and empty(engine)
+
+
+def test_the_text_at_the_end_may_cancel_too():
+    net, handles = model(1, vocab_size=V), []
+    for victim in range(3):
+        engine, heard = Engine(net, TOK, page_size=4), []
+        half = Request([5], 1, SamplingConfig(logit_bias=((0xC3, 99.0),)), on_text=lambda piece: (heard.append(piece), engine.cancel(handles[victim])))
+        handles = [engine.submit(r) for r in (Request([7], 12), half, Request([9], 12))]
+        while engine.step():
+            pass
+        assert heard == ["\ufffd"] and empty(engine)
+        assert [len(h.result().ids) == 12 for h in (handles[0], handles[2])] == [victim != 0, victim != 2]
+
+
+def test_weights_that_a_callback_changes_are_those_of_the_next_token():
+    net, prompts = model(1, vocab_size=V), random_sequences(2, 9, V, 3)
+
+    @torch.no_grad()
+    def change(token):
+        net.model.embed_tokens.weight.mul_(0.5).add_(0.1)
+
+    engine = Engine(net, TOK, page_size=4)
+    ids = engine.run([Request(prompts[0], 1, GREEDY, on_token=change), Request(prompts[1], 12, GREEDY)])[1].ids
+    assert ids[1:] == Engine(net).run([Request(prompts[1] + ids[:1], 11, GREEDY)])[0].ids and empty(engine)
+
+
+def test_a_step_that_fails_where_a_page_begins_takes_no_second_page(monkeypatch):
+    net, prompts = model(1), random_sequences(3, 9, seed=3)
+    expected = [c.ids for c in generate(net, prompts, 12)]
+    for fails in range(8):
+        engine, calls = Engine(net, page_size=4), []
+        for name in ("logits", "run"):
+            run = getattr(PagedCache, name)
+            monkeypatch.setattr(PagedCache, name, lambda *args, run=run, **settings: (calls.append(0), 1 / (len(calls) - 2 - fails), run(*args, **settings))[2])
+        engine.window = 1
+        handles = [engine.submit(Request(p, 12, stream=i)) for i, p in enumerate(prompts)]
+        with pytest.raises(ZeroDivisionError):
+            while engine.step():
+                pass
+        while engine.step():
+            pass
+        assert [h.result().ids for h in handles] == expected and empty(engine)
+
+
+def test_tokens_that_a_window_lost_lead_to_no_page(monkeypatch):
+    """As where a GPU, which nobody waits for, tells of logits that are no distribution only when the window is looked at. Asked for its
+    entropy, a token is drawn by itself."""
+    net, prompt = model(1), [1, 2, 3, 4]
+    engine = Engine(net, slots=1, page_size=4)
+    engine.window = 4
+    first, second = (engine.run([Request(prompt, 12, stream=i)])[0].ids for i in (1, 2))
+    engine.tree.clear()
+    engine.run([Request(prompt, 12, stream=1)])
+    draw, calls = engine._draw, []
+
+    def failing(*args):
+        tokens, *more = draw(*args)
+        calls.append(0)
+        return tokens if len(calls) < 9 else torch.full_like(tokens, -1), *more
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_draw", failing)
+        with pytest.raises(ValueError, match="no distribution"):
+            engine.run([Request(prompt, 12, stream=2, entropy=True)])
+    asked = [Request(prompt + second[:5] + first[5:8] + [3], 5, GREEDY)]
+    (got,), (wanted,) = engine.run(asked), Engine(net).run(asked)
+    assert got.ids == wanted.ids and np.allclose(got.unfiltered, wanted.unfiltered, atol=1e-5) and empty(engine)
+
+
+def test_a_bias_that_bans_what_the_constraint_asks_for_ends_that_request_alone():
+    engine = Engine(model(1, vocab_size=V))
+    bad = engine.submit(Request([1], 9, SamplingConfig(logit_bias=((8, -np.inf),)), constraint=Alternating(8)))
+    good = engine.submit(Request([2], 9))
+    while engine.step():
+        pass
+    assert len(good.result().ids) == 9 and len(bad.completion.ids) == 4 and empty(engine)
+    with pytest.raises(ValueError, match="logit_bias bans every token that the constraint allows after 4 tokens"):
+        bad.result()
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_no_text():
+    net, sampling = model(1, vocab_size=V + 9), SamplingConfig(logit_bias=((V + 3, 99.0), (97, 98.0)))
+    for options in ({}, {"stop_text": ("b",)}):
+        got = Engine(net, TOK).run([Request([5], 20, sampling, **options)])[0]
+        assert V + 3 in got.ids and 97 in got.ids and set(got.text) == {"a"}
+
+
+def test_a_prompt_is_what_it_was_when_it_was_submitted():
+    engine, prompt = Engine(model(1)), np.array([1, 2, 3])
+    handle = engine.submit(Request(prompt, 5))
+    prompt[:] = 7
+    while engine.step():
+        pass
+    assert handle.result().ids == engine.run([Request([1, 2, 3], 5)])[0].ids
+
+
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_pass_that_fails_leaves_the_engine_as_it_was(monkeypatch, window):
     """In the model and, because its states are no numbers, in the draw; each time a pass later."""
@@ -360,11 +481,18 @@ def test_what_cannot_be_decoded_is_refused_in_one_sentence():
         (Request([1] * 32, 3), "the prompt has 32 tokens; it needs 1 to 31 for a context of 32"),
         (Request([], 3), "the prompt has 0 tokens"),
         (Request([1] * 12, 6), "a prompt of 12 tokens and 6 new ones need 5 pages of 4 tokens; the pool has 4"),
+        (Request([1, 23], 3), r"a prompt is a list of ids from 0 to 22, got \[1, 23\]"),
+        (Request([1, -1], 3), r"a prompt is a list of ids from 0 to 22, got \[1, -1\]"),
+        (Request([1.5], 3), r"a prompt is a list of ids from 0 to 22, got \[1.5\]"),
+        (Request([1], 3, SamplingConfig(logit_bias=tuple((i, -np.inf) for i in range(23)))), "logit_bias bans every token"),
         (Request([1], 3, stop_text=("x",)), "stop_text and on_text need an engine with a tokenizer"),
         (Request([1], 3, constraint=Alternating(8)), "a constraint over 261 tokens does not fit a model of 23"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.submit(request)
     assert len(engine.run([Request([1] * 12, 5)])[0].ids) == 5 and empty(engine)
+    for options in (dict(max_new_tokens=2.5), dict(max_new_tokens=3, seed=1.5), dict(max_new_tokens=3, stop=("a",))):
+        with pytest.raises(ValueError, match="engine: expected whole numbers for"):
+            Request([1], **options)
     with pytest.raises(ValueError, match="slots, pool_tokens and page_size must be at least 1, got 0"):
         Engine(model(), slots=0)

@@ -195,6 +195,11 @@ def test_generate_heeds_bias_and_penalty():
     (dict(logit_bias=((3, 1.0), (3, 2.0))), "logit_bias: expected ids of 0 or more, each once, got 3 again"),
     (dict(logit_bias=((3, math.inf),)), "logit_bias: expected numbers below inf, got inf for id 3"),
     (dict(logit_bias=((3, math.nan),)), "logit_bias: expected numbers below inf, got nan for id 3"),
+    (dict(logit_bias=((3, -1e300),)), r"logit_bias: expected -inf or a number from -1e\+30 to 1e\+30, got -1e\+300 for id 3"),
+    (dict(repetition_penalty=1e-300), r"repetition_penalty: expected a number from 1e-06 to 1e\+06, got 1e-300"),
+    (dict(temperature=1e300), r"sample: expected a temperature of at most 1e\+30, got 1e\+300"),
+    (dict(top_k=1 << 63), r"sample: expected top_k to be a whole number below 2\^63, got 9223372036854775808"),
+    (dict(top_k=1.5), r"sample: expected top_k to be a whole number below 2\^63, got 1.5"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused_in_one_sentence(options, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}$"):

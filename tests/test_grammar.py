@@ -102,6 +102,11 @@ def test_what_is_not_in_the_notation_is_an_error_with_its_line(text, words):
     assert str(error.value).startswith("grammar: ")
 
 
+def test_a_grammar_that_is_nested_too_deeply_is_an_error():
+    with pytest.raises(ValueError, match="^grammar: expected less nesting"):
+        grammar("root ::= " + "(" * 9000 + '"a"' + ")" * 9000)
+
+
 def test_a_grammar_that_derives_nothing_is_an_error():
     with pytest.raises(ValueError, match="none that satisfies the grammar"):
         constrain(grammar('root ::= "a" root'), constrained.byte_vocabulary(), [256])

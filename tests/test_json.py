@@ -214,6 +214,11 @@ def test_patterns_search_and_count_with_lengths():
     ({"items": [{}]}, "prefixItems"), ({"prefixItems": {}}, "a list of schemas"), ({"properties": []}, "an object of schemas"), ({"required": "a"}, "a list of names"),
     ({"anyOf": []}, "at least one"), ({"type": "object", "minProperties": 2}, "a name could come twice"), ({"allOf": [{"pattern": "a"}, {"pattern": "b"}]}, "pattern in one of"),
     ({"patternProperties": {"a": {}, "b": {}}}, "no name fits two"), ({"enum": [[1]], "minItems": 1}, "of scalars"), ("{", "a schema in JSON"),
+    ('{"items":' * 5000 + "{}" + "}" * 5000, "less nesting"), ({"$ref": "#", "type": "object"}, "less nesting"), ({"allOf": [{"$ref": "#"}]}, "less nesting"), ({"enum": [{1}]}, "what JSON has"),
+    ('{"type": "integer", "minimum": 1e400}', "what JSON has"), ({"const": float("nan")}, "what JSON has"), ({"type": "string", "minLength": []}, "a number at #/minLength"),
+    ({"allOf": [{"minLength": "a"}, {"minLength": 3}]}, "a number at #/minLength"), ({"format": []}, "at #/format"), ({"type": "object", "maxProperties": 10**9}, "bound their number lower"),
+    ({"allOf": [{"required": 3}, {"required": ["a"]}]}, "a list at #/required"), ({"type": "object", "required": ["a", "a"], "minProperties": 2}, "a name could come twice"),
+    ({"allOf": [{"enum": [True]}, {"enum": [1]}]}, "at least one"), ({"allOf": [{"const": True}, {"const": 1}]}, "const in one of"),
 ])  # fmt: skip
 def test_what_is_not_known_or_makes_no_sense_is_an_error(schema, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -240,6 +245,25 @@ def test_types_that_have_none_in_common_are_an_error():
 def test_a_reference_to_itself_is_an_error():
     with pytest.raises(ValueError, match="no rule that begins with itself"):
         constrain(json_schema({"$ref": "#"}), constrained.byte_vocabulary(), [256])
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "array", "maxItems": 3, "allOf": [{"prefixItems": [{"enum": [1, "a"]}]}, {"items": {"type": "integer"}}]},
+    {"type": "array", "maxItems": 3, "allOf": [{"prefixItems": [{"enum": [1, "a"]}, {"type": "string"}]}, {"prefixItems": [{"type": "string"}], "items": {"const": "a"}}]},
+    {"type": "object", "allOf": [{"patternProperties": {"^x": {"type": "integer"}}}, {"additionalProperties": False}]},
+    {"type": "object", "allOf": [{"patternProperties": {"^x": {"enum": [1, "a"]}}}, {"additionalProperties": {"type": "integer"}}]},
+])  # fmt: skip
+def test_what_one_schema_names_and_the_other_does_not_has_to_fit_both(schema):
+    accepts, validator = constrained.acceptor(json_schema(schema)), jsonschema.Draft202012Validator(schema)
+    values = [[], [1], ["a"], [1, 1], ["a", "a"], ["a", 1], ["a", "a", "a"], ["a", "a", "b"], {}, {"x": 1}, {"x": "a"}, {"y": 1}, {"y": "a"}]
+    for value in values:
+        assert accepts(json.dumps(value, separators=(",", ":"))) == validator.is_valid(value), value
+
+
+def test_objects_of_many_properties():
+    names = [f"p{i}" for i in range(1500)]
+    accepts = constrained.acceptor(json_schema({"type": "object", "properties": {name: {"type": "null"} for name in names}}))
+    assert accepts(json.dumps(dict.fromkeys(names), separators=(",", ":"))) and accepts('{"p7":null,"p1499":null,"other":1}') and not accepts('{"p7":null,"p6":null}')
 
 
 def test_merged_schemas_ask_for_both():

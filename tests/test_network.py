@@ -100,3 +100,10 @@ def test_too_many_states_are_an_error(monkeypatch):
     assert automaton(regex("(?:(?:a{100}b){100}c){100}")), "shared parts are built once"
     with pytest.raises(ValueError, match="bound its repetitions lower"):
         automaton(regex("a{2000}"))
+
+
+def test_what_may_be_empty_is_repeated_without_end_of_stack_or_memory():
+    assert constrained.texts(grammar('root ::= ""{499000}'), 1) == {""}  # a chain of as many jumps
+    assert constrained.texts(regex("(ab?c?d?|){1,3}"), 1) == {"", "a"}
+    with pytest.raises(ValueError, match="what may be empty to be repeated at most 2000 times"):
+        network.automaton(regex("(|ab|cd){90000}"))

@@ -76,7 +76,7 @@ def test_anchors_change_nothing_in_a_whole_match():
     ("(?=a)", 0), ("(?!a)", 0), ("(?<=a)b", 0), ("(?>a)", 0), ("(?i)a", 0), (r"(a)\1", 3), (r"a\b", 1), (r"\Ba", 0), (r"\p{L}", 0), ("a*+", 1), ("a++", 1),
     ("a**", 2), ("a{2}{3}", None), ("*a", 0), ("a|+b", 2), ("(a", 2), ("a)", 1), ("[a", 0), ("[^\\s\\S]", 0), ("[b-a]", 2), (r"[a-\d]", 2), (r"\x6", 0), (r"\u12", 0),
     (r"\ud800", 0), (r"\q", 0), ("a{x}", 1), ("a{,}", 1), ("a{3,2}", 1), ("a{999999}", 1), ("a^b", 1), ("a$b", 1), ("(^a)", 1), ("(a$)", 2), ("a\\", 1),
-    ("(?P<1>a)", 4), (r"\01", 0),
+    ("(?P<1>a)", 4), ("(?P<ab", 4), (r"\01", 0),
 ])  # fmt: skip
 def test_what_is_not_in_the_syntax_is_an_error_with_its_place(pattern, place):
     if place is None:  # Python refuses it as well, but its meaning is plain
@@ -89,3 +89,7 @@ def test_what_is_not_in_the_syntax_is_an_error_with_its_place(pattern, place):
 def test_a_pattern_that_is_no_text_is_an_error():
     with pytest.raises(ValueError, match="regex: expected a pattern as a str, got bytes"):
         regex(b"a")
+    with pytest.raises(ValueError, match="regex: expected less nesting"):
+        regex("(" * 20_000 + ")" * 20_000)
+    with pytest.raises(ValueError, match="expected texts without surrogates, which are no characters, got '.ud800'"):
+        constrained.texts(regex("\ud800"), 3)

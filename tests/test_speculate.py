@@ -129,6 +129,7 @@ def test_a_stop_token_and_the_end_of_the_context_end_a_continuation():
     (dict(draft=model(vocab_size=7)), "vocabularies of different sizes, 23 and 7"), (dict(prompts=[[]]), "prompt 0 has 0 tokens"),
     (dict(prompts=[[1] * 32]), "prompt 0 has 32 tokens"), (dict(ahead=0), "ahead must be at least 1"),
     (dict(max_new_tokens=0), "max_new_tokens, n and ahead must be at least 1, got 0"),
+    (dict(sampling=replace(GREEDY, logit_bias=((23, 1.0),))), "logit_bias names id 23; the models have 23"),
     (dict(sampling=replace(GREEDY, repetition_penalty=1.2)), "repetition penalty")])
 def test_what_cannot_be_is_refused_in_one_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):

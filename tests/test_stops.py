@@ -10,7 +10,7 @@ class Pieces:
     """A tokenizer whose ids are the pieces of one text."""
 
     def __init__(self, pieces):
-        self.pieces, self.special_tokens = pieces, {"<|end|>": len(pieces)}
+        self.pieces, self.special_tokens, self.vocab_size = pieces, {"<|end|>": len(pieces)}, len(pieces) + 1
 
     def decode_bytes(self, ids):
         return b"".join(self.pieces[i] for i in ids)

@@ -5,6 +5,7 @@ recomputed changes it. Sources: Orca, Yu et al., OSDI 2022 (iteration-level sche
 recomputation).
 """
 
+import math
 from collections import deque
 from typing import Deque, List, Optional, Sequence, Tuple
 
@@ -56,6 +57,8 @@ class Engine:
         self._casts: dict = {}
         self._known: Optional[tuple] = None
         self._crowded = False  # the pool was too small for all: nobody joins until somebody leaves
+        self._stepping, self._cancelled = False, []  # what callbacks cancel leaves after all rows were looked at
+        self._called = False  # whether a callback, which may change the weights, was called since they were looked at
 
     def _new_batch(self, slots: int) -> Batch:
         c = self.model.config
@@ -67,11 +70,14 @@ class Engine:
         return sum([w._version for w in self._weights])
 
     def submit(self, request: Request) -> Handle:
-        """Errors: ValueError for a prompt that is empty or leaves no room in the context, a request that the pool cannot hold, and text
-        or a constraint that does not go with the tokenizer or model."""
+        """Errors: ValueError for a prompt that is empty or leaves no room in the context, ids that the model does not have, a request
+        that the pool cannot hold, and text or a constraint that does not go with the tokenizer or model."""
+        prompt = np.array(request.prompt)
         context, length, vocab_size = self.model.config.context, len(request.prompt), self.model.config.vocab_size
         if not 0 < length < context:
             raise ValueError(f"engine: the prompt has {length} tokens; it needs 1 to {context - 1} for a context of {context}")
+        if prompt.ndim != 1 or prompt.dtype.kind not in "iu" or not 0 <= prompt.min() <= prompt.max() < vocab_size:
+            raise ValueError(f"engine: a prompt is a list of ids from 0 to {vocab_size - 1}, got {prompt.tolist()[:8]}")
         room = min(request.max_new_tokens, context - length)
         pages = -(-(length + room - 1) // self.pool.size)
         if pages > self.pool.count:
@@ -85,34 +91,38 @@ class Engine:
         biased = max((i for i, _ in request.sampling.logit_bias), default=0)
         if biased >= vocab_size:
             raise ValueError(f"engine: logit_bias names id {biased}; the model has {vocab_size}")
+        if sum(bias == -math.inf for _, bias in request.sampling.logit_bias) == vocab_size:
+            raise ValueError("engine: logit_bias bans every token")
         handle = Handle(request, room, TextStream(self.tokenizer, request.stop_text) if text else None)
         self.waiting.append(handle)
         return handle
 
     def cancel(self, handle: Handle) -> None:
-        """End a request with what it has; nothing happens to one that has ended."""
+        """End a request with what it has; nothing happens to one that has ended. What a callback cancels has ended before the next token."""
         if handle in self.waiting:
             self.waiting.remove(handle)
             self._complete(handle, handle.drawn, handle.marks, "cancelled")
+        elif self._stepping:
+            self._cancelled.append(handle)
         elif handle in self.batch.handles:
             row = self.batch.handles.index(handle)
             self._leave([row], [int(self.batch.ints[columns.STEP, row]) + 1], ["cancelled"])
 
     def run(self, requests: Sequence[Request]) -> List[Completion]:
         """Submit these and decode until they have ended. Errors: also what a callback or a constraint raised."""
+        self._expect_no_step()
         handles: List[Handle] = []
         try:
             for request in requests:
                 handles.append(self.submit(request))
             ahead = deque(handles)
-            looked = False  # at the weights, which nobody changes in between but a callback
+            self._called = True  # look at the weights, which nobody changes in between but a callback
             while ahead:
                 if ahead[0].completion is not None:
                     ahead.popleft()
                     continue
-                if not looked or self.batch.attended:
+                if self._called:
                     self._refresh()
-                looked = True
                 self._step()
             return [h.result() for h in handles]
         finally:
@@ -122,19 +132,30 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Let requests join, and decode one token of each (a few where a GPU is not to be waited for). Returns whether any is left."""
+        """Let requests join, and decode one token of each (a few where a GPU is not to be waited for). Returns whether any is left.
+        Errors: ValueError from within a callback, which may submit and cancel."""
+        self._expect_no_step()
         self._refresh()
         self._step()
         return bool(self.waiting or self.batch.size)
 
+    def _expect_no_step(self) -> None:
+        if self._stepping:
+            raise ValueError("engine: a callback may submit and cancel requests, not decode")
+
     @torch.no_grad()
     def _step(self) -> None:
-        with ops.weights_held(self._casts):
-            self._admit()
-            self._decode()
+        self._stepping = True
+        try:
+            with ops.weights_held(self._casts):
+                self._admit()
+                self._decode()
+        finally:
+            self._stepping = False
 
     def _refresh(self) -> None:
         """Forget what was computed under other weights."""
+        self._called = False
         known = self.version, self.model.compute_dtype, self._weights[0].data_ptr(), ops.backend.is_deterministic()
         if known == self._known:
             return
@@ -176,6 +197,8 @@ class Engine:
                 self._undo(plans, low)
                 raise
             self._harvest(low, tokens.cpu().numpy()[None], marks.cpu().numpy()[:, None], top)
+            if self._called:
+                self._refresh()
 
     def _undo(self, plans: List[Plan], low: int) -> None:
         """A pass that failed: its requests wait again, and nobody finds the pages that it may not have filled."""
@@ -286,11 +309,11 @@ class Engine:
         """Look at what was drawn for the rows from ``low`` on, in K steps: tokens (K, R), marks (M, K, R), and the first step's top."""
         batch = self.batch
         ints = batch.ints[:, low:batch.size]
-        if tokens.min() < 0:
-            raise ValueError("engine: the model's logits are no distribution")
         steps = ints[columns.STEP] + np.arange(1 - len(tokens), 1)[:, None]  # (K, R)
         batch.ids[ints[columns.RECORD], steps] = tokens
         batch.marks[:len(marks), ints[columns.RECORD], steps] = marks
+        if tokens.min() < 0:  # of which the books are right, so that nobody finds a page by what an earlier request has drawn
+            raise ValueError("engine: the model's logits are no distribution")
         stopped = batch.stop_bits[ints[columns.STOPS], tokens]
         ended = stopped | (steps + 1 >= ints[columns.ROOM])
         for row in batch.attended:
@@ -301,10 +324,16 @@ class Engine:
             first = ended[:, rows].argmax(0)
             self._leave((low + rows).tolist(), (steps[first, rows] + 1).tolist(),
                         ["stop" if s else "length" for s in stopped[first, rows]])
+        while self._cancelled:
+            handle = self._cancelled.pop()
+            if handle in batch.handles:
+                row = batch.handles.index(handle)
+                self._leave([row], [int(batch.ints[columns.STEP, row]) + 1], ["cancelled"])
 
     def _attend(self, handle: Handle, row: int, token: int, ended: bool, top) -> bool:
         """What has to happen for this request before its next token; returns whether that ends it. An error ends it alone."""
         request, stop = handle.request, False
+        self._called |= request.on_token is not None or request.on_text is not None
         try:
             if request.top_logprobs:
                 ids, values = (x[row, :request.top_logprobs].tolist() for x in top)
@@ -322,12 +351,14 @@ class Engine:
 
     def _leave(self, rows: List[int], counts: List[int], reasons: List[str]) -> None:
         """End these rows, with so many tokens each."""
+        ended = []
         for row, count, reason in zip(rows, counts, reasons):
-            handle, (ids, marks) = self.batch.handles[row], self.batch.drawn(row, count)
+            ended.append((self.batch.handles[row], *self.batch.drawn(row, count), reason))
             self._give_up_pages(row, count)
-            self._complete(handle, ids, marks, reason)
         self.batch.keep(np.setdiff1d(np.arange(self.batch.size), rows))
         self._crowded = False
+        for each in ended:  # their callbacks find the books in order
+            self._complete(*each)
 
     def _complete(self, handle: Handle, ids: np.ndarray, marks: Optional[np.ndarray], reason: str) -> None:
         try:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 
+MOST_PENALTY, MOST_BIAS = 1e6, 1e30  # so that together they leave a logit finite in fp32
+
+
 class LogitFilter(Protocol):
     """Changes, in place, the logits of those rows of a batch that ask for it."""
 
@@ -107,12 +110,16 @@ def check_filters(repetition_penalty: float, logit_bias: Sequence[tuple[int, flo
     """ValueError, in one sentence, for a setting out of range."""
     if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"repetition_penalty: expected a finite number above 0, got {repetition_penalty}")
+    if not 1 / MOST_PENALTY <= repetition_penalty <= MOST_PENALTY:
+        raise ValueError(f"repetition_penalty: expected a number from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}, got {repetition_penalty}")
     ids = set()
     for token, bias in logit_bias:
         if token < 0 or token in ids:
             raise ValueError(f"logit_bias: expected ids of 0 or more, each once, got {token}" + " again" * (token in ids))
         if not bias < math.inf:
             raise ValueError(f"logit_bias: expected numbers below inf, got {bias} for id {token}")
+        if abs(bias) > MOST_BIAS and bias != -math.inf:
+            raise ValueError(f"logit_bias: expected -inf or a number from {-MOST_BIAS:g} to {MOST_BIAS:g}, got {bias} for id {token}")
         ids.add(token)
 
 

@@ -1,5 +1,6 @@
 """What is asked of the engine, and what comes back."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Callable, List, Optional, Protocol, Sequence, Tuple
 
@@ -48,6 +49,10 @@ class Request:
                              f"and {self.top_logprobs}")
         if isinstance(self.stop_text, str) or not all(self.stop_text):
             raise ValueError(f"engine: stop_text is a list of texts that are not empty, got {self.stop_text!r}")
+        for name, numbers in (("max_new_tokens, seed, stream and top_logprobs", (self.max_new_tokens, self.seed, self.stream, self.top_logprobs)),
+                              ("stop", tuple(self.stop))):
+            if not all(isinstance(x, (int, np.integer)) for x in numbers):
+                raise ValueError(f"engine: expected whole numbers for {name}, got {numbers}")
 
 
 @dataclass
@@ -70,11 +75,12 @@ class Handle:
 
     def __init__(self, request: Request, room: int, stream: Optional[TextStream]):
         self.request, self.room, self.text = request, room, stream
-        self.prompt = np.asarray(request.prompt, np.int64)
-        self.state = self.mask = None
+        self.prompt = np.array(request.prompt, np.int64)
+        self.state, self.mask, self.advanced = None, None, 0
+        self.banned = [i for i, bias in request.sampling.logit_bias if bias == -math.inf] if request.constraint is not None else []
         if request.constraint is not None:
             self.state = request.constraint.start()
-            self.mask = request.constraint.mask(self.state)
+            self.mask = self._mask()
         self.drawn = np.zeros(0, np.int64)  # what it had when it last left the batch
         self.marks: Optional[np.ndarray] = None  # and what is known of these tokens
         self.top: List[List[Tuple[int, float]]] = []
@@ -100,8 +106,17 @@ class Handle:
 
     def advance(self, token: int) -> None:
         """Its constraint goes on to the next token's mask."""
-        self.state = self.request.constraint.advance(self.state, token)
-        self.mask = self.request.constraint.mask(self.state)
+        self.state, self.advanced = self.request.constraint.advance(self.state, token), self.advanced + 1
+        self.mask = self._mask()
+
+    def _mask(self) -> np.ndarray:
+        mask = self.request.constraint.mask(self.state)
+        if self.banned:
+            left = mask.view(np.uint32).copy()
+            np.bitwise_and.at(left, [i // 32 for i in self.banned], [~np.uint32(1 << i % 32) for i in self.banned])
+            if not left.any():
+                raise ValueError(f"engine: logit_bias bans every token that the constraint allows after {self.advanced} tokens")
+        return mask
 
     def complete(self, ids: np.ndarray, marks: Optional[np.ndarray], reason: str, tokenizer: Optional[Tokenizer]) -> None:
         """It has ended with these tokens."""
@@ -114,7 +129,7 @@ class Handle:
             self.completion.text = "".join(self.pieces)
         elif tokenizer is not None:
             special = set(tokenizer.special_tokens.values())
-            self.completion.text = tokenizer.decode([i for i in self.completion.ids if i not in special])
+            self.completion.text = tokenizer.decode([i for i in self.completion.ids if i < tokenizer.vocab_size and i not in special])
 
     def result(self) -> Completion:
         """The completion, or the error that ended it."""

@@ -188,6 +188,9 @@ def _check(model: Model, draft: Model, prompts, max_new_tokens: int, n: int, sam
         raise ValueError(f"speculate: max_new_tokens, n and ahead must be at least 1, got {max_new_tokens}, {n} and {ahead}")
     if sampling.repetition_penalty != 1:
         raise ValueError("speculate: a repetition penalty hangs on tokens that are not settled yet")
+    biased = max((i for i, _ in sampling.logit_bias), default=0)
+    if biased >= model.config.vocab_size:
+        raise ValueError(f"speculate: logit_bias names id {biased}; the models have {model.config.vocab_size}")
     context = min(model.config.context, draft.config.context)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:

@@ -7,7 +7,8 @@ from ..tokenizer import Tokenizer
 
 
 class TextStream:
-    """Decodes ids one at a time until a stop text is there. Special tokens stand for no text.
+    """Decodes ids one at a time until a stop text is there. Special tokens stand for no text, and no more do ids
+    of the model that the tokenizer does not have.
 
     Of several stop texts the one that is complete first counts, of those the longest; how the text is cut into tokens does not matter.
 
@@ -26,7 +27,7 @@ class TextStream:
 
     def push(self, token: int) -> Tuple[str, bool]:
         """(the text that is now sure, whether a stop text has ended it)."""
-        if token in self._special:
+        if token in self._special or token >= self._tokenizer.vocab_size:
             return "", False
         data = self._held + self._tokenizer.decode_bytes([token])
         found = [(at + len(s), at) for s in self._stop if (at := data.find(s)) >= 0]

@@ -12,6 +12,7 @@ import torch
 
 from nanorlhf.ops import backend
 
+MOST_TEMPERATURE = 1e30  # so that it is finite in fp32
 _MASK, _GOLDEN = (1 << 64) - 1, 0x9E3779B97F4A7C15
 DEFAULTS = {"seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 ROW_DTYPES = {name: torch.int64 if isinstance(x, int) else torch.float64 for name, x in DEFAULTS.items()}
@@ -69,8 +70,12 @@ def check_sampling(temperature, top_k, top_p, min_p, where=""):
     """ValueError, in one sentence that ends in ``where``, for a setting out of range."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"sample: expected a finite temperature of 0 or more, got {temperature}{where}")
+    if temperature > MOST_TEMPERATURE:
+        raise ValueError(f"sample: expected a temperature of at most {MOST_TEMPERATURE:g}, got {temperature}{where}")
     if top_k < 0:
         raise ValueError(f"sample: expected top_k of 0 or more, got {top_k}{where}")
+    if isinstance(top_k, float) or top_k >= 1 << 63:
+        raise ValueError(f"sample: expected top_k to be a whole number below 2^63, got {top_k}{where}")
     if not 0 < top_p <= 1:
         raise ValueError(f"sample: expected top_p above 0 and at most 1, got {top_p}{where}")
     if not 0 <= min_p <= 1:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 
-from nanorlhf.engine.constrain.language import ANY, EMPTY, Alt, Expr, Language, Repeat, Rule, Seq, Text, alt, seq
+from nanorlhf.engine.constrain.language import ANY, EMPTY, Alt, Expr, Language, Repeat, Rule, Seq, Text, alt, nesting_bounded, seq
 from nanorlhf.engine.constrain.regex import expression
 
 _TOKEN = re.compile(r"""(?P<space>(?:\s|\#[^\n]*)+) | (?P<head>[A-Za-z_][\w-]*\s*::=) | (?P<name>[A-Za-z_][\w-]*) | (?P<text>"(?:[^"\\\n]|\\.)*")
@@ -39,7 +39,8 @@ def grammar(text: str, start: str = "root") -> Language:
     if not isinstance(text, str):
         raise ValueError(f"grammar: expected a grammar as a str, got {type(text).__name__}")
     parser = _Parser(text)
-    rules = parser.rules()
+    with nesting_bounded("grammar"):
+        rules = parser.rules()
     if start not in rules:
         raise ValueError(f"grammar: expected a rule called {start}, got {', '.join(rules) or 'no rules'}")
     for name, line in parser.called:

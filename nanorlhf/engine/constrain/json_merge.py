@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from itertools import zip_longest
 
 ANNOTATIONS = {"$schema", "$id", "$comment", "$anchor", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
 _LARGER, _SMALLER = {"minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"}, {
@@ -18,6 +20,33 @@ def fail(where: str, expected: str, got) -> ValueError:
 def show(value) -> str:
     """A scalar as JSON has it."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def number(value, key: str, where: str):
+    """The value of a keyword that has to be a number, a finite one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise fail(f"{where}/{key}", "a number", value)
+    return value
+
+
+def same(one, two) -> bool:
+    """Whether two values are equal in JSON, where true is not 1.
+
+    >>> same([1, {"a": 1.0}], [1.0, {"a": 1}]), same([True], [1])
+    (True, False)
+    """
+    if isinstance(one, list) and isinstance(two, list):
+        return len(one) == len(two) and all(map(same, one, two))
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    return isinstance(one, bool) == isinstance(two, bool) and one == two
+
+
+def _list(schema: dict, key: str, where: str) -> list:
+    value = schema.get(key, [])
+    if not isinstance(value, list):
+        raise fail(f"{where}/{key}", "a list", value)
+    return value
 
 
 def merged(one, two, where: str, resolved: Callable):
@@ -39,12 +68,21 @@ def merged(one, two, where: str, resolved: Callable):
     result = dict(one)
     for key, value in two.items():
         result[key] = _both(key, one[key], value, where, resolved) if key in one else value
+    if any("prefixItems" in here and there.keys() & {"prefixItems", "items"} for here, there in ((one, two), (two, one))):
+        firsts = [_list(schema, "prefixItems", where) for schema in (one, two)]
+        pairs = zip_longest(*firsts)
+        result["prefixItems"] = [merged(*(schema.get("items", True) if item is None else item for schema, item in zip((one, two), pair)),
+                                        where, resolved) for pair in pairs]
     for here, there in ((one, two), (two, one)):  # what one calls additional, the other may name
         if here.get("additionalProperties", True) is not True:
             for name in there.get("properties", {}):
                 if name not in here.get("properties", {}):
                     result["properties"] = {**result["properties"], name: merged(there["properties"][name], here["additionalProperties"],
                                                                                  where, resolved)}
+            for pattern in there.get("patternProperties", {}):
+                if pattern not in here.get("patternProperties", {}):
+                    result["patternProperties"] = {**result["patternProperties"], pattern: merged(
+                        there["patternProperties"][pattern], here["additionalProperties"], where, resolved)}
     return result
 
 
@@ -56,24 +94,26 @@ def _without_reference(schema: dict, where: str, resolved: Callable):
 
 
 def _both(key: str, one, two, where: str, resolved: Callable):
-    if one == two or key in ANNOTATIONS:
+    if same(one, two) or key in ANNOTATIONS or key == "prefixItems":
         return one
-    if key in _LARGER:
-        return max(one, two)
-    if key in _SMALLER:
-        return min(one, two)
+    if key in _LARGER | _SMALLER:
+        return (max if key in _LARGER else min)(number(value, key, where) for value in (one, two))
     if key == "type":
-        one, two = ([value] if isinstance(value, str) else value for value in (one, two))
+        one, two = ([value] if isinstance(value, str) else _list({key: value}, key, where) for value in (one, two))
         common = [kind for kind in one if kind in two or (kind == "integer" and "number" in two)]
         common += [kind for kind in two if kind == "integer" and "number" in one and kind not in common]
         return common or fail_types(where, one, two)
     if key in ("properties", "$defs", "definitions", "patternProperties"):
+        if not isinstance(one, dict) or not isinstance(two, dict):
+            raise fail(f"{where}/{key}", "an object of schemas", two if isinstance(one, dict) else one)
         common = {name: merged(one[name], two[name], where, resolved) for name in one if name in two}
         return {**one, **two, **{name: common[name] for name in common}}
+    if key in ("required", "enum", "allOf"):
+        one, two = (_list({key: value}, key, where) for value in (one, two))
     if key == "required":
         return [*one, *(name for name in two if name not in one)]
     if key == "enum":
-        return [value for value in one if value in two]
+        return [value for value in one if any(same(value, other) for other in two)]
     if key in ("items", "additionalProperties"):
         return merged(one, two, where, resolved)
     if key == "allOf":

@@ -18,9 +18,9 @@ from decimal import Decimal
 from fractions import Fraction
 
 from nanorlhf.engine.constrain import json_text
-from nanorlhf.engine.constrain.json_merge import ANNOTATIONS, fail, merged, show
-from nanorlhf.engine.constrain.language import ANY, NOTHING, Alt, Both, Expr, Language, Repeat, Rule, Text, alt, chars, mapped, optional, seq
-from nanorlhf.engine.constrain.network import automaton
+from nanorlhf.engine.constrain.json_merge import ANNOTATIONS, fail, merged, number, same, show
+from nanorlhf.engine.constrain.language import ANY, NOTHING, Alt, Both, Expr, Language, Repeat, Rule, Text, alt, chars, mapped, nesting_bounded, optional, seq
+from nanorlhf.engine.constrain.network import NoText, automaton
 from nanorlhf.engine.constrain.regex import expression
 
 OF_TYPE = {
@@ -31,6 +31,7 @@ OF_TYPE = {
 }
 OF_TYPE["integer"] = OF_TYPE["number"]
 TYPES = ("string", "number", "integer", "object", "array", "boolean", "null")
+_MOST_PLACES = 20_000  # of an object: places among its properties, times numbers of them where these are bounded
 KNOWN = {"type", "enum", "const", "$ref", "$defs", "definitions", "allOf", "anyOf", "oneOf", *ANNOTATIONS, *set().union(*OF_TYPE.values())}
 
 
@@ -46,15 +47,21 @@ def json_schema(schema: dict | bool | str, whitespace: int = 0) -> Language:
     """
     if isinstance(schema, str):
         try:
-            schema = json.loads(schema)
+            with nesting_bounded("json_schema"):
+                schema = json.loads(schema)
         except ValueError as error:
             raise ValueError(f"json_schema: expected a schema in JSON, got {schema[:80]!r} ({error})") from error
     if not isinstance(whitespace, int) or whitespace < 0:
         raise ValueError(f"json_schema: expected whitespace of at least 0 characters, got {whitespace!r}")
     made = _Schema(schema, whitespace)
-    expr = made.value(schema, "#")
+    with nesting_bounded("json_schema"):
+        try:
+            source = json.dumps(schema, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"json_schema: expected a schema of what JSON has ({error})") from error
+        expr = made.value(schema, "#")
     spaces = f" with up to {whitespace} spaces" if whitespace else ""
-    return Language(f"JSON Schema {json.dumps(schema)}{spaces}", expr, made.rules)
+    return Language(f"JSON Schema {source}{spaces}", expr, made.rules)
 
 
 class _Schema:
@@ -152,7 +159,7 @@ class _Schema:
         if not isinstance(values, list) or not values:
             raise fail(f"{where}/enum", "a list of values, at least one", values)
         if "const" in told:
-            values = [value for value in values if value == told["const"] and isinstance(value, bool) == isinstance(told["const"], bool)]
+            values = [value for value in values if same(value, told["const"])]
         rest = {key: value for key, value in told.items() if key not in ("const", "enum")}
         if rest:
             values = [value for value in values if self.fits(value, rest, where)]
@@ -164,10 +171,8 @@ class _Schema:
         try:
             plain = _Schema(self.root, 0)
             made = automaton(Language(where, plain.value({**rest, "type": rest.get("type", list(TYPES))}, where), plain.rules))
-        except ValueError as error:
-            if "expected a language with a text" in str(error):
-                return False
-            raise
+        except NoText:
+            return False
         if isinstance(value, (list, dict)):
             types = rest["type"] if isinstance(rest["type"], list) else [rest["type"]]
             return ("array" if isinstance(value, list) else "object") in types
@@ -198,7 +203,7 @@ class _Schema:
                 raise fail(f"{where}/pattern", "a regular expression", own["pattern"])
             parts.append(expression(own["pattern"], search=True))
         if "format" in own:
-            if own["format"] not in json_text.FORMATS:
+            if not isinstance(own["format"], str) or own["format"] not in json_text.FORMATS:
                 raise fail(f"{where}/format", f"one of {', '.join(json_text.FORMATS)}", own["format"])
             parts.append(expression(json_text.FORMATS[own["format"]]))
         content = parts[0]
@@ -208,8 +213,7 @@ class _Schema:
 
     def number(self, kind: str, own: dict, where: str) -> Expr:
         for key, value in own.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise fail(f"{where}/{key}", "a number", value)
+            number(value, key, where)
         bounds = {key: Decimal(str(value)) for key, value in own.items() if key != "multipleOf"}
         # Of two bounds that are equal the one that leaves itself out is the tighter.
         low, above = max(((bounds[key], key != "minimum") for key in ("minimum", "exclusiveMinimum") if key in bounds), default=(None, False))
@@ -259,7 +263,7 @@ class _Schema:
                  for name, schema in named.items()]
         extra = self.extra(named, own, where)
         low, high = _count(own, "minProperties", where) or 0, _count(own, "maxProperties", where)
-        if low > max(1, len(required)) and extra != NOTHING:
+        if low > max(1, len(set(required))) and extra != NOTHING:
             raise fail(f"{where}/minProperties", "at most 1 or the number of required ones, where others may come: a name could come twice", low)
         return seq(Text("{"), *self.space, self.members([(self.rule(pair), must) for pair, must in pairs], self.rule(extra), low, high), Text("}"))
 
@@ -267,12 +271,15 @@ class _Schema:
         """Of each place in the order of properties a rule, for what follows; where their number matters, of each number, too."""
         counts = bool(low) or high is not None
         made: dict[tuple[int, int], Rule] = {}
+        waiting: list[tuple[int, int]] = []
 
         def following(k: int, count: int) -> Expr:
             key = (k, min(count, low if high is None else high + 1)) if counts else (k, min(count, 1))
             if key not in made:
+                if len(made) >= _MOST_PLACES:
+                    raise ValueError(f"json_schema: expected at most {_MOST_PLACES} places and numbers of properties, got more; bound their number lower")
                 made[key] = self.rule(NOTHING)
-                self.rules[made[key].name] = rest(k, key[1])
+                waiting.append(key)
             return made[key]
 
         def rest(k: int, count: int) -> Expr:
@@ -286,7 +293,11 @@ class _Schema:
             taken = seq(*comma, pair, following(k + 1, count + 1))
             return taken if must else alt(taken, following(k + 1, count))
 
-        return following(0, 0)
+        first = following(0, 0)
+        while waiting:
+            key = waiting.pop()
+            self.rules[made[key].name] = rest(*key)
+        return first
 
     def extra(self, named: dict, own: dict, where: str) -> Expr:
         """A member whose name is none of the named: of a pattern's schema, or of additionalProperties."""
@@ -315,13 +326,13 @@ def _quoted(content: Expr) -> Expr:
 def _overlap(one: Expr, other: Expr) -> bool:
     try:
         automaton(Language("", Both(one, other)))
-    except ValueError:
+    except NoText:
         return False
     return True
 
 
 def _count(own: dict, key: str, where: str) -> int | None:
     value = own.get(key)
-    if value is not None and (isinstance(value, bool) or value != int(value) or value < 0):
+    if value is not None and (number(value, key, where) % 1 or value < 0):
         raise fail(f"{where}/{key}", "a whole number of at least 0", value)
     return None if value is None else int(value)

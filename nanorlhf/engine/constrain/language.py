@@ -9,6 +9,7 @@ automaton over the bytes of UTF-8.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 LAST = 0x10FFFF
@@ -71,6 +72,15 @@ class Both:
 Expr = Chars | Text | Seq | Alt | Repeat | Rule | Both
 
 EMPTY, NOTHING = Text(""), Alt(())
+
+
+@contextmanager
+def nesting_bounded(name: str):
+    """ValueError where what is parsed or built recursively is nested too deeply for that."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{name}: expected less nesting: this is too deep, or refers to itself without end") from None
 
 
 def chars(ranges: Iterable[tuple[int, int]]) -> Chars:
@@ -154,7 +164,7 @@ def choice(texts: Iterable[str]) -> Language:
     >>> choice(["yes", "no"]).source
     "choice ['yes', 'no']"
     """
-    texts = [] if isinstance(texts, str) else list(texts)
+    texts = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"choice: expected a list of texts, at least one, got none, or something else")
     return Language(f"choice {texts!r}", alt(*map(Text, dict.fromkeys(texts))))

@@ -6,16 +6,21 @@ a rule of its own, so that "up to 1000 characters of a JSON string" is a thousan
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanorlhf.engine.constrain.language import Alt, Both, Chars, Expr, Language, Repeat, Rule, Seq, Text
+from nanorlhf.engine.constrain.language import Alt, Both, Chars, Expr, Language, Repeat, Rule, Seq, Text, nesting_bounded
 from nanorlhf.ops.token_mask import Automaton
 
 MOST_STATES = 1_000_000  # of a network: some 100 MB while it is built
+_MOST_EMPTY = 2000  # calls of a rule that may be empty: all are open at once, in memory that is the square of their number
 _COPIED = 64  # states that the copies of a repeated part may take before it becomes a rule
+
+
+class NoText(ValueError):
+    """A language without a text."""
 
 
 @dataclass
@@ -37,12 +42,13 @@ class Network:
 
 
 def automaton(language: Language) -> Automaton:
-    """The automaton of a language. ValueError if no text is in it, or a rule begins with itself by way of another."""
-    network = _Builder(language).network
+    """The automaton of a language. ValueError if no text is in it (NoText), it is too large, or a rule begins with itself by way of another."""
+    with nesting_bounded("constrain"):
+        network = _Builder(language).network
     if network.calls:
         _check_left_recursion(network, language)
     if network.start not in (alive := _alive(network)):
-        raise ValueError(f"constrain: expected a language with a text in it, got none that satisfies {language.source}")
+        raise NoText(f"constrain: expected a language with a text in it, got none that satisfies {language.source}")
     edges = [e for e in network.edges if e[0] in alive and e[3] in alive]
     jumps = [j for j in network.jumps if j[0] in alive and j[1] in alive]
     calls = [c for c in network.calls if all(state in alive for state in c)]
@@ -73,7 +79,7 @@ class _Builder:
         net = self.network
         match expr:
             case Text(text):
-                data = text.encode()
+                data = self.utf8(text)
                 for k, byte in enumerate(data):
                     start, here = (end if k + 1 == len(data) else net.state()), start
                     net.edges.append((here, byte, byte, start))
@@ -98,6 +104,12 @@ class _Builder:
                 net.calls.append((start, self.rule(name, self.language.rules[name]), end))
             case Both():
                 self.product(expr, start, end)
+
+    def utf8(self, text: str) -> bytes:
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"constrain: expected texts without surrogates, which are no characters, got {text!r}") from error
 
     def repeat(self, part: Expr, low: int, high: int | None, start: int, end: int) -> None:
         net, copies = self.network, low + 1 if high is None else high
@@ -159,11 +171,11 @@ class _Builder:
         """The pairs of nodes of two automata, walked side by side."""
         try:
             one = automaton(Language("one side", expr.part))
-        except ValueError:
-            return  # nothing is in it
+        except NoText:
+            return
         try:
             two = automaton(Language("the other side", expr.second))
-        except ValueError:
+        except NoText:
             two = None
         first = (one.start(), two.start() if two else -1)
         states, waiting = {first: self.network.state()}, [first]
@@ -216,10 +228,10 @@ def byte_ranges(low: int, high: int) -> list[tuple[tuple[int, int], ...]]:
     return [tuple(zip(first, last, strict=True))]
 
 
-def _alive(network: Network) -> set[int]:
+def _alive(network: Network, bytes_too: bool = True) -> set[int]:
     """The states from which the end of their rule can be reached; a call needs that of the rule called, too."""
     into: dict[int, list[int]] = defaultdict(list)
-    for source, _, _, target in network.edges:
+    for source, _, _, target in network.edges if bytes_too else ():
         into[target].append(source)
     for source, target in network.jumps:
         into[target].append(source)
@@ -247,20 +259,23 @@ def _check_left_recursion(network: Network, language: Language) -> None:
         jumps[source].append(target)
     for source, rule, back in network.calls:
         calls[source].append((rule, back))
-    empty: set[int] = set()  # the first states of rules that may be empty
-    while True:
-        reached = {start: _without_bytes(start, jumps, calls, empty) for start in network.ends}
-        more = {start for start, states in reached.items() if network.ends[start] in states}
-        if more == empty:
-            break
-        empty = more
+    at_end = _alive(network, bytes_too=False)
+    empty = {start for start in network.ends if start in at_end}  # of rules that may be empty
+    if max(Counter(rule for _, rule, _ in network.calls if rule in empty).values(), default=0) > _MOST_EMPTY:
+        raise ValueError(f"constrain: expected what may be empty to be repeated at most {_MOST_EMPTY} times, got more in {language.source}")
+    reached = {start: _without_bytes(start, jumps, calls, empty) for start in network.ends}
     first = {start: {rule for state in states for rule, _ in calls[state]} for start, states in reached.items()}
-    done: set[int] = set()
-    while True:  # rules that begin with none but those done; what is left begins with itself
-        more = {start for start, rules in first.items() if start not in done and rules <= done}
-        if not more:
-            break
-        done |= more
+    beginners = defaultdict(list)
+    for start, rules in first.items():
+        for rule in rules:
+            beginners[rule].append(start)
+    left = {start: len(rules) for start, rules in first.items()}
+    done = [start for start, count in left.items() if not count]
+    for rule in done:  # rules that begin with none but those done; what is left begins with itself
+        for start in beginners[rule]:
+            left[start] -= 1
+            if not left[start]:
+                done.append(start)
     if len(done) < len(first):
         raise ValueError(f"constrain: expected no rule that begins with itself by way of another or of an empty one, got such a rule in "
                          f"{language.source}; write it as a repetition")

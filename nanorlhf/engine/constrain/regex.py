@@ -9,7 +9,7 @@ in a whole match. Lookaround, backreferences, word boundaries, possessive repeti
 
 from __future__ import annotations
 
-from nanorlhf.engine.constrain.language import ANY, EMPTY, LAST, Chars, Expr, Language, Repeat, Text, alt, chars, other_than, seq
+from nanorlhf.engine.constrain.language import ANY, EMPTY, LAST, Chars, Expr, Language, Repeat, Text, alt, chars, nesting_bounded, other_than, seq
 
 _DIGIT = chars([(48, 57)])
 _WORD = chars([(48, 57), (65, 90), (95, 95), (97, 122)])
@@ -32,7 +32,8 @@ def regex(pattern: str) -> Language:
     """
     if not isinstance(pattern, str):
         raise ValueError(f"regex: expected a pattern as a str, got {type(pattern).__name__}")
-    return Language(f"/{pattern}/", expression(pattern))
+    with nesting_bounded("regex"):
+        return Language(f"/{pattern}/", expression(pattern))
 
 
 def expression(pattern: str, search: bool = False) -> Expr:
@@ -140,7 +141,7 @@ class _Parser:
         if self.take("?"):
             if self.take("P<"):
                 close = self.pattern.find(">", self.at)
-                if not self.pattern[self.at : close].isidentifier():
+                if close < 0 or not self.pattern[self.at : close].isidentifier():
                     raise self.error("a group's name")
                 self.at = close + 1
             elif not self.take(":"):

@@ -9,7 +9,7 @@ come in pairs); without it the hole is one of those given to `template`, or else
 from __future__ import annotations
 
 from nanorlhf.engine.constrain import json_text
-from nanorlhf.engine.constrain.language import ANY, Expr, Language, Repeat, Rule, Text, alt, chars, mapped, other_than, seq
+from nanorlhf.engine.constrain.language import ANY, Expr, Language, Repeat, Rule, Text, alt, chars, mapped, nesting_bounded, other_than, seq
 from nanorlhf.engine.constrain.network import automaton
 from nanorlhf.engine.constrain.regex import expression
 
@@ -84,7 +84,8 @@ def template(text: str, holes: dict[str, Language] | None = None) -> Template:
         if what is None:
             parts.append((name, holes.get(name) or Language("line", _LINE)))
         else:
-            parts.append((name, Language(what, WORDS[what] if what in WORDS else expression(what))))
+            with nesting_bounded("template"):
+                parts.append((name, Language(what, WORDS[what] if what in WORDS else expression(what))))
     unknown = sorted(set(holes) - {name for name, _ in parts})
     if unknown:
         raise ValueError(f"template: expected languages for the holes {sorted(name for name, _ in parts if name)}, got one for {unknown[0]}")
