@@ -10,6 +10,7 @@ import torch
 
 from nanorlhf.engine import SamplingConfig, generate, speculate
 from nanorlhf.engine.generate import ragged
+from nanorlhf.ops import backend
 from tiny import model, random_sequences
 
 VOCAB = 5
@@ -125,9 +126,36 @@ def test_a_stop_token_and_the_end_of_the_context_end_a_continuation():
     assert len(speculate(large, small, long, 20).completions[0].ids) == 2  # a context of 32
 
 
+@pytest.mark.parametrize("context", [12, 13, 17])
+def test_where_the_drafts_context_ends_the_large_model_goes_on_alone(context):
+    """Prompts of up to 11 tokens, and 20 more."""
+    large, small = model(1), model(5, layers=1, context=context)
+    plain = generate(large, PROMPTS, 20, 2, sampling=GREEDY)
+    found = speculate(large, small, PROMPTS, 20, 2, sampling=GREEDY, ahead=3)
+    assert [(c.ids, c.finish_reason) for c in found.completions] == [(c.ids, c.finish_reason) for c in plain]
+    assert found.proposed and all(len(c.ids) == 20 for c in found.completions)
+
+
+@torch.no_grad()
+def test_in_bf16_the_output_matrix_is_rounded_as_the_engine_rounds_it():
+    """From hidden states that are the same bits with and without a cache, in fp64."""
+    large = model(1, hidden_size=32, heads=4)
+    large.compute_dtype = torch.bfloat16
+    before = backend.deterministic(True)
+    try:
+        drawn = speculate(large, model(5), PROMPTS, 9, seed=3).completions
+        for prompt, c in zip(PROMPTS, drawn):
+            hidden = large(*ragged([prompt + c.ids[:-1]]))[len(prompt) - 1:].double()
+            exact = (hidden @ large.head_weight.bfloat16().double().T).log_softmax(-1)
+            torch.testing.assert_close(torch.tensor(c.logprobs).double(), exact[torch.arange(len(c.ids)), c.ids], atol=2e-5, rtol=0)
+    finally:
+        backend.deterministic(before)
+
+
 @pytest.mark.parametrize("changes, sentence", [
     (dict(draft=model(vocab_size=7)), "vocabularies of different sizes, 23 and 7"), (dict(prompts=[[]]), "prompt 0 has 0 tokens"),
     (dict(prompts=[[1] * 32]), "prompt 0 has 32 tokens"), (dict(ahead=0), "ahead must be at least 1"),
+    (dict(sampling=SamplingConfig(logit_bias=((2, 1.0), (23, 1.0)))), "logit_bias names id 23; the model has 23"),
     (dict(max_new_tokens=0), "max_new_tokens, n and ahead must be at least 1, got 0"),
     (dict(sampling=replace(GREEDY, repetition_penalty=1.2)), "repetition penalty")])
 def test_what_cannot_be_is_refused_in_one_sentence(changes, sentence):
