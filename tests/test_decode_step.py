@@ -1,6 +1,8 @@
 """ops.decode_step: a token of every row through all layers at once, checked against the layers one by one in fp64."""
 
 import math
+import os
+import sys
 
 import pytest
 import torch
@@ -128,7 +130,7 @@ def alone_and_together(shape, dtype, most):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_is_as_exact_as_the_layers_and_a_row_is_the_same_in_every_batch(isa):
-    done = python(EVERY, isa, NANORLHF_ISA=isa)
+    done = python(EVERY, isa, NANORLHF_ISA=isa, PYTHONPATH=os.pathsep.join(sys.path))
     assert done.returncode == 0, done.stderr
 
 
@@ -172,5 +174,8 @@ def test_inputs_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match="decode_step: " + message):
             cache.logits(decoder, *arguments)
+    apart = cache.k_pages.transpose(2, 4).contiguous().transpose(2, 4)  # the same numbers, a key's elements not side by side
+    with pytest.raises(ValueError, match="a key's elements side by side"):
+        ops.decode_step(decoder, tokens, positions, slots, apart, cache.v_pages, rows.pages, rows.lengths)
     with pytest.raises(ValueError, match="expected k_pages and v_pages"):
         ops.decode_step(decoder, tokens, positions, slots, cache.k_pages.double(), cache.v_pages, rows.pages, rows.lengths)

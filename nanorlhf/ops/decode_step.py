@@ -89,9 +89,11 @@ def decode_step(decoder, tokens, positions, slots, k_pages, v_pages, pages, leng
     """
     B, (layers, C, inner, V, H, kv_heads, D) = len(tokens), decoder.shape
     wanted = (layers, *k_pages.shape[1:3], kv_heads, D)
-    if k_pages.shape != wanted or v_pages.shape != wanted or not k_pages.dtype == v_pages.dtype == decoder.dtype:
-        raise ValueError(f"decode_step: expected k_pages and v_pages of shape ({layers}, P, page_size, {kv_heads}, {D}) in {decoder.dtype}, "
-                         f"got {tuple(k_pages.shape)} and {tuple(v_pages.shape)} in {k_pages.dtype} and {v_pages.dtype}")
+    fits = k_pages.shape == v_pages.shape == wanted and k_pages.dtype == v_pages.dtype == decoder.dtype
+    if not fits or not k_pages.stride(4) == v_pages.stride(4) == 1:
+        raise ValueError(f"decode_step: expected k_pages and v_pages of shape ({layers}, P, page_size, {kv_heads}, {D}) in {decoder.dtype}, a key's "
+                         f"elements side by side, got {tuple(k_pages.shape)} and {tuple(v_pages.shape)} in {k_pages.dtype} and {v_pages.dtype}, "
+                         f"strides {k_pages.stride()} and {v_pages.stride()}")
     given = [(x, (B,), torch.int64) for x in (tokens, positions, slots)]
     given += [(pages, (B, pages.shape[-1]), torch.int32), (lengths, (B,), torch.int32)]
     if prefix is not None:
