@@ -2,7 +2,7 @@
 
 import math
 import os
-from pathlib import Path
+import sys
 
 import pytest
 import torch
@@ -22,7 +22,6 @@ SHAPES = [
     dict(vocab_size=64, hidden_size=96, heads=3, kv_heads=3, head_size=64, intermediate_size=160, qk_norm=False, tied=False),
 ]
 SIZE = 4  # tokens a page
-HERE = Path(__file__).parent
 
 
 def nets(shape, dtype, seed=0):
@@ -213,7 +212,7 @@ def alone_and_together(shape, dtype, most):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_is_as_exact_as_the_layers_and_a_row_is_the_same_in_every_batch(isa):
-    done = python(EVERY, isa, NANORLHF_ISA=isa, PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]))
+    done = python(EVERY, isa, NANORLHF_ISA=isa, PYTHONPATH=os.pathsep.join(sys.path))
     assert done.returncode == 0, done.stderr
 
 
@@ -290,5 +289,8 @@ def test_inputs_that_do_not_fit_are_named():
             cache.run(decoder, tokens, positions, rows, *arguments)
     with pytest.raises(ValueError, match="top_p above 0"):
         cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), top_p=0)
+    apart = cache.k_pages.transpose(2, 4).contiguous().transpose(2, 4)  # the same numbers, a key's elements not side by side
+    with pytest.raises(ValueError, match="a key's elements side by side"):
+        ops.decode_step(decoder, tokens, positions, slots, apart, cache.v_pages, rows.pages, rows.lengths)
     with pytest.raises(ValueError, match="expected k_pages and v_pages"):
         ops.decode_step(decoder, tokens, positions, slots, cache.k_pages.double(), cache.v_pages, rows.pages, rows.lengths)

@@ -117,7 +117,7 @@ def test_every_figure_is_the_same_whatever_sequences_join_the_batch():
     """Rollouts apart and merged: every tensor is end to end, every mean is that of the parts."""
     (a, _), (b, _) = rollout_of(prompts=PROMPTS[:5], seed=8), rollout_of(prompts=PROMPTS[5:], seed=9)
     one, other = a.measured(), b.measured()
-    both = merged([a.to("cpu"), replace(b, where=b.where.clone())]).measured()
+    both = merged([a, b]).measured()
     assert set(both) == set(one)
     for key in ("score", "kl", "kl_exact", "kl_k2", "kl_k3", "length", "finished"):  # means over responses
         assert both[key] == pytest.approx((5 * one[key] + 7 * other[key]) / 12, abs=1e-5), key
@@ -140,7 +140,10 @@ def test_a_sequences_own_figures_do_not_depend_on_its_company():
 def test_merged_rollouts_are_the_rollout_of_all():
     whole, _ = rollout_of()
     bounds, actions = whole.cu_seqlens.tolist(), whole.cu_actions.tolist()
-    both = merged([rollout_of(prompts=PROMPTS[:5])[0], rollout_of(prompts=PROMPTS[:5], seed=4)[0]])
+    parts = [rollout_of(prompts=PROMPTS[:5])[0], rollout_of(prompts=PROMPTS[:5], seed=4)[0]]
+    states = [p.where.clone() for p in parts]
+    both = merged(parts)
+    assert all(torch.equal(p.where, w) for p, w in zip(parts, states))  # they can be merged again
     assert both.cu_seqlens.dtype == whole.cu_seqlens.dtype and both.cu_seqlens[:6].tolist() == bounds[:6]
     assert both.cu_actions[:6].tolist() == actions[:6] and len(both.scores) == 10
     assert bool((both.where.diff() > 0).all()) and int(both.where[-1]) == len(both.tokens) - 2

@@ -10,6 +10,7 @@ import torch
 
 from nanorlhf.engine import SamplingConfig, generate, speculate
 from nanorlhf.engine.generate import ragged
+from nanorlhf.ops import backend
 from tiny import model, random_sequences
 
 VOCAB = 5
@@ -123,6 +124,32 @@ def test_a_stop_token_and_the_end_of_the_context_end_a_continuation():
         assert c.finished == (c.ids[-1] in (3, 8)) and not set(c.ids[:-1]) & {3, 8} and len(c.ids) == len(c.logprobs)
     long = random_sequences(1, 30, seed=1, shortest=30)
     assert len(speculate(large, small, long, 20).completions[0].ids) == 2  # a context of 32
+
+
+@pytest.mark.parametrize("context", [12, 13, 17])
+def test_where_the_drafts_context_ends_the_large_model_goes_on_alone(context):
+    """Prompts of up to 11 tokens, and 20 more."""
+    large, small = model(1), model(5, layers=1, context=context)
+    plain = generate(large, PROMPTS, 20, 2, sampling=GREEDY)
+    found = speculate(large, small, PROMPTS, 20, 2, sampling=GREEDY, ahead=3)
+    assert [(c.ids, c.finish_reason) for c in found.completions] == [(c.ids, c.finish_reason) for c in plain]
+    assert found.proposed and all(len(c.ids) == 20 for c in found.completions)
+
+
+@torch.no_grad()
+def test_in_bf16_the_output_matrix_is_rounded_as_the_engine_rounds_it():
+    """From hidden states that are the same bits with and without a cache, in fp64."""
+    large = model(1, hidden_size=32, heads=4)
+    large.compute_dtype = torch.bfloat16
+    before = backend.deterministic(True)
+    try:
+        drawn = speculate(large, model(5), PROMPTS, 9, seed=3).completions
+        for prompt, c in zip(PROMPTS, drawn):
+            hidden = large(*ragged([prompt + c.ids[:-1]]))[len(prompt) - 1:].double()
+            exact = (hidden @ large.head_weight.bfloat16().double().T).log_softmax(-1)
+            torch.testing.assert_close(torch.tensor(c.logprobs).double(), exact[torch.arange(len(c.ids)), c.ids], atol=2e-5, rtol=0)
+    finally:
+        backend.deterministic(before)
 
 
 @pytest.mark.parametrize("changes, sentence", [

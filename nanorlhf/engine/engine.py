@@ -35,7 +35,8 @@ class Engine:
 
     The weights are the model's own: after an optimiser's step or ``load_state_dict`` the next step uses the new ones, and everything
     that was cached under the old ones is forgotten (requests under way are recomputed). Only in-place changes through ``.data``
-    go unseen.
+    go unseen, and modules that were added later. ``window``: steps between looks at what was drawn, where no request has to be looked at
+    sooner.
     """
 
     def __init__(self, model: Model, tokenizer: Optional[Tokenizer] = None, slots: int = 64, pool_tokens: Optional[int] = None,
@@ -53,7 +54,7 @@ class Engine:
         self.waiting: Deque[Handle] = deque()
         self.batch = self._new_batch(slots)
         self.window = WINDOW
-        self._weights = list(model.parameters())
+        self._places = [(m._parameters, name) for m in model.modules() for name, w in m._parameters.items() if w is not None]
         self._casts: dict = {}
         self._known: Optional[tuple] = None
         self._crowded = False  # the pool was too small for all: nobody joins until somebody leaves
@@ -67,7 +68,11 @@ class Engine:
     @property
     def version(self) -> int:
         """How often the weights have been changed, as far as torch counts: the sum of their version counters."""
-        return sum([w._version for w in self._weights])
+        return sum([w._version for w in self._weights()])
+
+    def _weights(self) -> List[Tensor]:
+        """As they are now: a module may have been given another tensor."""
+        return [held[name] for held, name in self._places]
 
     def submit(self, request: Request) -> Handle:
         """Errors: ValueError for a prompt that is empty or leaves no room in the context, ids that the model does not have, a request
@@ -132,7 +137,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Let requests join, and decode one token of each (a few where a GPU is not to be waited for). Returns whether any is left.
+        """Let requests join, and decode a token of each, or up to ``window`` where nobody has to look at them. Returns whether any is left.
         Errors: ValueError from within a callback, which may submit and cancel."""
         self._expect_no_step()
         self._refresh()
@@ -156,7 +161,8 @@ class Engine:
     def _refresh(self) -> None:
         """Forget what was computed under other weights."""
         self._called = False
-        known = self.version, self.model.compute_dtype, self._weights[0].data_ptr(), ops.backend.is_deterministic()
+        addresses = tuple([w.data_ptr() for w in self._weights()])
+        known = self.version, self.model.compute_dtype, addresses, (ops.backend.is_deterministic(), ops.backend.forced())
         if known == self._known:
             return
         for row in range(self.batch.size)[::-1]:
@@ -172,7 +178,7 @@ class Engine:
         self._casts.clear()
         if self._decoder is None:
             weight = self.model.head_weight.detach().to(self.model.compute_dtype)
-            self._head = weight if known[3] else weight.float()
+            self._head = weight if ops.backend.is_deterministic() else weight.float()
 
     def _take(self, count: int) -> Optional[np.ndarray]:
         if count > self.pool.free:

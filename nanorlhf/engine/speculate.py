@@ -16,6 +16,7 @@ from .. import ops
 from ..model import Model
 from ..ops.sample import filtered_logprobs, uniforms
 from .cache import PagedCache, Rows
+from .draw import logits_of
 from .generate import ragged
 from .request import Completion
 from .sample import SamplingConfig
@@ -48,7 +49,8 @@ class Sequences:
         pages = -(-tokens // PAGE)
         self.model, self.cache = model, PagedCache(model, count * pages, PAGE)
         self.tables = torch.arange(count * pages, dtype=torch.int32, device=model.device).view(count, pages)
-        self.head = model.head_weight.detach().float()
+        weight = model.head_weight.detach().to(model.compute_dtype)  # as the engine has it
+        self.head = weight if ops.backend.is_deterministic() else weight.float()
 
     def start(self, prompts: Sequence[Sequence[int]], n: int) -> None:
         """Run all of the prompts but their last tokens; sequences [i·n, (i + 1)·n) go on from prompt i."""
@@ -59,8 +61,9 @@ class Sequences:
             positions = ops.positions_from_cu_seqlens(cu_seqlens)
             owner = torch.as_tensor(rows, device=tokens.device).repeat_interleave(cu_seqlens.diff().long())
             self.cache.forward(self.model, tokens, positions, self._slots(first[owner], positions), cu_seqlens)
+        used = -(-max((len(p) - 1 for p in prompts), default=0) // PAGE)
         for i in range(1, n):
-            self.cache.copy(first.flatten().long(), self.tables[i::n].flatten().long())
+            self.cache.copy(first[:, :used].flatten().long(), self.tables[i::n, :used].flatten().long())
 
     def _slots(self, tables: Tensor, positions: Tensor) -> Tensor:
         return tables.gather(1, (positions // PAGE)[:, None]).squeeze(1).long() * PAGE + positions % PAGE
@@ -74,7 +77,7 @@ class Sequences:
         tables = self.tables[torch.as_tensor(np.repeat(rows, counts), device=device)]
         seen = Rows(tables[:, :int(positions.max()) // PAGE + 1].contiguous(), (positions + 1).int())
         flat, _ = ragged(tokens, device)
-        return self.cache.forward(self.model, flat, positions, self._slots(tables, positions), rows=seen).float() @ self.head.T
+        return logits_of(self.cache.forward(self.model, flat, positions, self._slots(tables, positions), rows=seen), self.head)
 
 
 @torch.no_grad()
@@ -83,25 +86,26 @@ def speculate(model: Model, draft: Model, prompts: Sequence[Sequence[int]], max_
               sampling: SamplingConfig = SamplingConfig(), seed: int = 0, ahead: int = 4) -> Speculation:
     """n continuations of each prompt, distributed as ``generate``'s with the same settings (at temperature 0: the same tokens).
 
-    draft: proposes up to ``ahead`` tokens before ``model`` is run; any model of the same vocabulary. What a request draws depends on
+    draft: proposes up to ``ahead`` tokens before ``model`` is run, and none beyond its own context; any model of the same vocabulary. What a request draws depends on
     (seed, its number, the step) and the models alone. Completions have the log-probs of ``model``, filtered as it was drawn from.
 
     Errors: ValueError for different vocabularies, a prompt that is empty or leaves no room in either context, a repetition penalty
-    (which hangs on tokens that are not settled yet), and counts below 1.
+    (which hangs on tokens that are not settled yet), a biased id that is none, and counts below 1.
     """
     _check(model, draft, prompts, max_new_tokens, n, sampling, ahead)
-    context = min(model.config.context, draft.config.context)
+    context, reach = model.config.context, draft.config.context
     texts = [list(map(int, p)) for p in prompts for _ in range(n)]
     done = [Completion() for _ in texts]
     room = np.array([min(max_new_tokens, context - len(t)) for t in texts])
-    large, small = (Sequences(m, len(texts), context) for m in (model, draft))
+    longest = max((len(t) + r for t, r in zip(texts, room)), default=1)
+    large, small = Sequences(model, len(texts), longest), Sequences(draft, len(texts), min(longest, reach))
     for sequences in (large, small):
         sequences.start(prompts, n)
     lag = np.ones(len(texts), np.int64)  # tokens at the end of each text that the draft has not run
     rows, proposed, accepted, passes = np.arange(len(texts)), 0, 0, 0
     while len(rows):
         length, step = np.array([len(texts[r]) for r in rows]), np.array([len(done[r].ids) for r in rows])
-        count = np.minimum(ahead, room[rows] - step - 1)  # the last token is the large model's own
+        count = np.minimum(ahead, np.minimum(room[rows] - step - 1, reach - length))  # the last token is the large model's own
         guesses, beliefs = _propose(small, texts, rows, lag[rows], count, sampling, seed, step)
         run = [[texts[r][-1], *g] for r, g in zip(rows, guesses)]
         truth = _distributions(large.logits(run, rows, length - 1), sampling).split([len(t) for t in run])

@@ -86,6 +86,11 @@ def is_deterministic():
     return _deterministic
 
 
+def forced():
+    """The backend in use."""
+    return _forced
+
+
 def emulate(module):
     """From now on ``module``, a build of the CUDA kernels for the host, runs the ops that it has on CPU tensors, in
     workspaces full of NaN; None ends it. For the tests. Returns the one before."""

@@ -23,7 +23,7 @@ def why_not(dtype, weights, head_dim):
     'decode_step: takes float32 and bfloat16, not torch.float64'
     """
     device = weights[0].device
-    if backend._forced not in ("auto", "cpu") or not backend.on_cpu(weights[0]) or device.type != "cpu":
+    if backend.forced() not in ("auto", "cpu") or not backend.on_cpu(weights[0]) or device.type != "cpu":
         return f"decode_step: runs on the CPU's kernels, and here run others, on {device}"
     if backend.is_deterministic():
         return "decode_step: sums in another order than the forward pass of a training step, so not where deterministic is on"
@@ -165,9 +165,11 @@ def _tables(op, decoder, k_pages, v_pages, pages, lengths, prefix):
     """How many rows these are, their tables as _C takes them, and the tensors to be checked. ValueError for pools that are not the decoder's."""
     layers, kv_heads, D = decoder.shape[0], *decoder.shape[5:]
     shape, dtype = k_pages.shape, decoder.dtype
-    if len(shape) != 5 or shape != (layers, *shape[1:3], kv_heads, D) or v_pages.shape != shape or not k_pages.dtype == v_pages.dtype == dtype:
-        raise ValueError(f"{op}: expected k_pages and v_pages of shape ({layers}, P, page_size, {kv_heads}, {D}) in {dtype}, "
-                         f"got {tuple(shape)} and {tuple(v_pages.shape)} in {k_pages.dtype} and {v_pages.dtype}")
+    fits = len(shape) == 5 and v_pages.shape == shape == (layers, *shape[1:3], kv_heads, D) and k_pages.dtype == v_pages.dtype == dtype
+    if not fits or not k_pages.stride(4) == v_pages.stride(4) == 1:
+        raise ValueError(f"{op}: expected k_pages and v_pages of shape ({layers}, P, page_size, {kv_heads}, {D}) in {dtype}, a key's elements "
+                         f"side by side, got {tuple(shape)} and {tuple(v_pages.shape)} in {k_pages.dtype} and {v_pages.dtype}, strides "
+                         f"{k_pages.stride()} and {v_pages.stride()}")
     if pages is None:
         return 0, (0,) * 9, []
     B, width = pages.shape

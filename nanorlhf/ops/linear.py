@@ -1,5 +1,5 @@
 """Linear maps whose fp32 master weights are cast to the input's type, several of one input as one product. Plain torch, but
-for the forward product where backend.deterministic is on, and the gradient of a weight in bf16 on a CPU that multiplies it."""
+for the forward product where backend.deterministic is on, and the gradient of a weight in bf16 on a CPU with AMX."""
 
 import threading
 from contextlib import contextmanager

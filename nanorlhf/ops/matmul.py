@@ -1,5 +1,5 @@
 """Matrix products with one order of summation, whatever the batch. Native on CPUs and GPUs (csrc/matmul.h); and the product that
-gives the gradient of a weight, by AMX or in AVX-512 (csrc/outer.h)."""
+gives the gradient of a weight, by AMX (csrc/outer.h)."""
 
 import torch
 
@@ -39,7 +39,7 @@ def outer(x, y):
 
 
 def has_outer(x, y):
-    """Whether ``outer`` takes these: bf16, on a CPU that multiplies it, the elements of a row side by side."""
+    """Whether ``outer`` takes these: bf16, on a CPU with AMX, the elements of a row side by side."""
     fits = all(t.dtype == torch.bfloat16 and backend.on_cpu(t) and t.dim() == 2 and t.stride(1) == 1 for t in (x, y))
     return fits and len(x) == len(y) and _C.has_outer()
 

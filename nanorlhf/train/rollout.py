@@ -4,6 +4,7 @@ The ids that were sampled are the ids that are trained on; no text in between is
 """
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Callable, List, Optional, Sequence
 
 import numpy as np
@@ -116,10 +117,8 @@ def roll_out(policy: Model, ref: Model, value: Optional[Callable], judge: Judge,
 def merged(parts: Sequence[Rollout]) -> Rollout:
     """Several rollouts as one, end to end."""
     columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Rollout)}
-    before = 0
-    for p, where in zip(parts, columns["where"]):
-        where += before
-        before += len(p.tokens)
+    before = [0, *accumulate(len(p.tokens) for p in parts)]
+    columns["where"] = [where + b for where, b in zip(columns["where"], before)]
     bounds = {name: torch.cat([c.diff() for c in columns.pop(name)]) for name in ("cu_seqlens", "cu_actions")}
     return Rollout(**{name: torch.cat(c) for name, c in columns.items()},
                    **{name: torch.nn.functional.pad(x.cumsum(0), (1, 0)).to(torch.int32) for name, x in bounds.items()})
