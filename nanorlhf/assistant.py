@@ -8,7 +8,7 @@ import torch
 
 from . import chat as chat_format
 from .checkpoint import load_model
-from .engine import Completion, Constraint, Engine, SamplingConfig, generate
+from .engine import Completion, Constraint, Engine, Ranker, SamplingConfig, by_likelihood, generate
 from .engine.generate import ragged
 from .model import Model
 from .ops import backend
@@ -33,12 +33,16 @@ class Assistant:
 
     def complete(self, prompt: str, n: int = 1, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
                  top_p: float = 1.0, stop: str | Sequence[str] = "", seed: int = 0, min_p: float = 0.0,
-                 constraint: Optional[Constraint] = None) -> List[str]:
+                 constraint: Optional[Constraint] = None, best_of: int = 0, ranker: Ranker = by_likelihood(1.0)) -> List[str]:
         """n continuations of a document that begins with ``prompt``, each up to the first of the texts ``stop`` (not included).
-        constraint: what they have to keep to."""
+        constraint: what they have to keep to. best_of: how many to draw, of which the ranker's n first are returned; n unless given.
+        Errors: ValueError for best_of below n, and what the engine refuses."""
+        if best_of and best_of < n:
+            raise ValueError(f"complete: best_of must be at least n, got {best_of} and {n}")
         ids = [self.end_of_text] + self.tokenizer.encode(prompt)
-        drawn = self._drawn(ids, n, max_new_tokens, SamplingConfig(temperature, top_k, top_p, min_p), seed, stop, constraint)
-        return [c.text for c in drawn]
+        drawn = self._drawn(ids, best_of or n, max_new_tokens, SamplingConfig(temperature, top_k, top_p, min_p), seed, stop, constraint)
+        order = ranker(drawn)[:n] if best_of else range(n)
+        return [drawn[i].text for i in order]
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, seed: int = 0, on_text: Optional[Callable[[str], None]] = None,

@@ -9,7 +9,7 @@ from nanorlhf import assistant as room
 from nanorlhf import chat, ops
 from nanorlhf.assistant import Assistant, load
 from nanorlhf.checkpoint import save_model
-from nanorlhf.engine import SamplingConfig
+from nanorlhf.engine import SamplingConfig, by_score
 from nanorlhf.engine.generate import ragged
 from tiny import byte_tokenizer, model
 
@@ -69,6 +69,15 @@ def test_a_completion_ends_before_its_stop_text_also_in_the_middle_of_a_token(as
     scripted(monkeypatch, "a b c")
     assert assistant.complete("x", stop="b ") == ["a "]
     assert assistant.complete("x", stop=["c", " b"]) == ["a"]
+
+
+def test_the_best_of_several_are_those_of_the_ranker(assistant):
+    every = assistant.complete("once", n=5, max_new_tokens=9, seed=3)
+    longest = sorted(range(5), key=lambda i: -len(every[i].encode()))
+    got = assistant.complete("once", n=2, max_new_tokens=9, seed=3, best_of=5, ranker=by_score(lambda c: len(c.text.encode())))
+    assert got == [every[i] for i in longest[:2]] and assistant.complete("once", max_new_tokens=9, seed=3, best_of=5)[0] in every
+    with pytest.raises(ValueError, match="best_of must be at least n, got 1 and 2"):
+        assistant.complete("once", n=2, best_of=1)
 
 
 def test_special_text_in_a_prompt_stays_text(assistant, monkeypatch):
