@@ -10,6 +10,7 @@ import torch
 from nanorlhf import ops
 from nanorlhf.config import ModelConfig
 from nanorlhf.engine.cache import PagedCache, Rows, packed_decoder
+from nanorlhf.engine.constrain import Vocabulary, constrain, regex
 from nanorlhf.model import Model
 from nanorlhf.ops import backend
 from test_backend import ISAS, python
@@ -287,6 +288,11 @@ def test_inputs_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match="decode_run: .*" + message):
             cache.run(decoder, tokens, positions, rows, *arguments)
+    with pytest.raises(ValueError, match="a constraint or None for each of 3 rows, got 1"):
+        cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), constraints=[None])
+    far = constrain(regex("a*"), Vocabulary([b"a"] * 99), [])
+    with pytest.raises(ValueError, match="decode_run: expected constraints over the decoder's vocabulary"):
+        cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), constraints=[None, None, far.cursor(far.start())])
     with pytest.raises(ValueError, match="top_p above 0"):
         cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), top_p=0)
     apart = cache.k_pages.transpose(2, 4).contiguous().transpose(2, 4)  # the same numbers, a key's elements not side by side
