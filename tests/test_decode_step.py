@@ -132,7 +132,7 @@ def check_prompts(shape, dtype, rows, lengths):
             found.append((hidden.to(wide) @ one.head_weight.to(one.compute_dtype).to(wide).T, cache.k_pages))
         finally:
             backend.force(before)
-    last = torch.tensor([len(tokens) - 1, 0, len(tokens) // 2, 0])
+    last = torch.tensor([len(tokens) - 1, 0, len(tokens) // 2] * 300)  # of a prompt, for each of its samples
     for some in (None, last):
         cache = cache_of(net, pool)
         ours = cache.logits(packed_decoder(net), tokens, positions, slots, own, cu_seqlens, some)
