@@ -2,7 +2,7 @@
 the earlier first.
 
 >>> from nanorlhf.engine import Completion
->>> drawn = [Completion([1, 2], [-3.0, -3.0], text="so 7"), Completion([1], [-1.0], text="so 8"), Completion([2, 2, 2], [-0.5] * 3, text="thus 7")]
+>>> drawn = [Completion([1, 2], [-3.0, -3.0], text="so 7"), Completion([1], [-1.0], text="so 8"), Completion([2, 2, 2], [-0.4] * 3, text="thus 7")]
 >>> by_likelihood()(drawn), by_likelihood(length_penalty=1)(drawn), by_vote(lambda c: c.text[-1])(drawn)
 ([1, 2, 0], [2, 1, 0], [2, 0, 1])
 """
