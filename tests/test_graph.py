@@ -6,7 +6,6 @@ On the CPU a Tape stands for the capture: it repeats the very operations on the 
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from nanorlhf import ops
 from nanorlhf.config import OptimConfig
 from nanorlhf.engine import Engine, Request, SamplingConfig, graph
-from nanorlhf.engine.graph import DecodeGraphs
 from nanorlhf.model import Model
 from nanorlhf.optim import Optimizer
 from test_engine import Alternating, V as BYTES, empty
@@ -123,7 +121,7 @@ def test_prefixes_are_read_through_a_graph(monkeypatch):
     net = model()
     asked = [Request([3] * 9 + [i % 2], 8, stream=i) for i in range(6)] + [Request([4] * 8 + [i], 9, stream=i) for i in range(3)]
     eager, drawn = (told(engine_of(net, capture, page_size=4).run(asked)) for capture in (False, Taping()))
-    assert drawn == eager and {s[2] for s in shapes} >= {(4, 8), None} - {None} and all(s[0] in (1, 2, 4, 8, 16) for s in shapes)
+    assert drawn == eager and {s[2] for s in shapes} >= {(4, 8)} and all(s[0] in (1, 2, 4, 8, 16) for s in shapes)
 
 
 def test_what_a_window_draws_after_a_stop_is_forgotten():
@@ -300,6 +298,21 @@ def test_pads_stay_where_they_are_and_rows_move_on():
     assert found.tokens[:8, :3].T.tolist() == [h.result().ids[1:] for h in handles]
 
 
+def test_of_a_larger_batch_nothing_is_left_in_the_pads():
+    """8 rows of 3 beginnings, then 5 of 2, by the same graph."""
+    made = engine_of(model(), Taping(), page_size=4)
+    for count, starts in ((8, 3), (5, 2)):
+        made.run([Request([3 + i % starts] * 9 + [i], 9, MIXED[i % 5], seed=i + 1, stream=i + 1) for i in range(count)])
+    (found,) = made._graphs._graphs.values()
+    _, lengths, owner = (x.tolist() for x in found.prefix)
+    assert owner == [0, 1, 0, 1, 0, -1, -1, -1] and lengths == [8, 8, 0, 0]
+    settings = {name: x.tolist() for name, x in found.settings.items()}
+    assert settings["temperature"][:5] == [1, 0, 0.7, 1, 1.3] and settings["seed"][:5] == [1, 2, 3, 4, 5]
+    assert all(x[5:] == [graph.DEFAULTS[name]] * 3 for name, x in settings.items()) and found.streams[5:].tolist() == [0] * 3
+    pads = torch.stack((found.token, *found.state))[:, 5:]
+    assert (pads == pads[:, :1]).all() and (found.table[5:] == made.pool.count).all()
+
+
 def test_a_machine_without_a_gpu_has_no_graphs():
     assert Engine(model())._graphs is None and Engine(model(), graphs=False)._graphs is None
 
@@ -322,13 +335,15 @@ def test_a_seed_and_a_stream_of_64_bits():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_captured_step_is_what_it_captured():
-    """On a GPU, where the rows of a product may round by how many they are: bits against the same padded step called again and again."""
-    net = model().cuda()
-    drawn = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_step_on_a_gpu_is_what_it_captured(dtype, monkeypatch):
+    """Bits against the same padded step called again and again: products may round by how many rows they have."""
+    monkeypatch.undo()
+    net, drawn = Model(SHAPE, dtype=dtype).cuda(), []
     for capture in (lambda run: run, graph.CudaCapture(net.device)):
         made = engine_of(net, capture, slots=5)
-        drawn.append(told(made.run(requests(17))))
-        assert made._graphs._capture is not None and np.array([len(d[0]) for d in drawn[-1]]).all()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a capture that fails
+            drawn.append([told(made.run(requests(17))) for _ in range(2)])
+        assert made._graphs._graphs and empty(made)
     assert drawn[0] == drawn[1]
-    assert isinstance(DecodeGraphs(graph.CudaCapture(net.device)), DecodeGraphs)

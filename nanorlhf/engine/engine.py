@@ -37,7 +37,7 @@ class Engine:
     The weights are the model's own: after an optimiser's step or ``load_state_dict`` the next step uses the new ones, and everything
     that was cached under the old ones is forgotten (requests under way are recomputed). Only in-place changes through ``.data``
     go unseen, and modules that were added later. ``window``: steps between looks at what was drawn, where no request has to be looked at
-    sooner.
+    sooner; on a GPU these are replays of one graph (graph.py).
     """
 
     def __init__(self, model: Model, tokenizer: Optional[Tokenizer] = None, slots: int = 64, pool_tokens: Optional[int] = None,

@@ -47,7 +47,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._last: Optional[torch.cuda.CUDAGraph] = None  # kept, as a pool that no graph has any more cannot be taken again
+        self.last: Optional[torch.cuda.CUDAGraph] = None  # kept, as a pool that no graph has any more cannot be taken again
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self.device):
@@ -58,9 +58,12 @@ class CudaCapture:
                     run()
             here.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._last and self._last.pool(), capture_error_mode="thread_local"):
-                run()
-        self._last = graph
+            try:
+                with torch.cuda.graph(graph, pool=self.last and self.last.pool(), capture_error_mode="thread_local"):
+                    run()
+            finally:  # torch itself does not go back from its stream if the capture fails
+                torch.cuda.set_stream(here)
+        self.last = graph
         return graph.replay
 
 
@@ -123,7 +126,7 @@ class DecodeGraph:
         self.replay = capture(lambda: self._step(forward))  # of pads alone, which move nothing
 
     def _step(self, forward: Forward) -> None:
-        self.state[:LIVE] += self.state[LIVE]
+        self.state[:LIVE].add_(self.state[LIVE])
         position, length, step = self.state[POSITION], self.state[LENGTH], self.state[STEP]
         last = length - 1
         page = self.table.gather(1, (last // self.page_size)[:, None])[:, 0].long()
