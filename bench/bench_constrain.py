@@ -131,7 +131,7 @@ def text_times(make, theirs, tokens, vocabulary, ends, their_tokenizer, bits):
         matcher.reset()
         state, own, other, first = ours.start(), [], [], []
         for token in [*tokens, None]:
-            new = state.node not in ours._rows
+            new = not ours.known(state)
             begun = now()
             row = ours.mask(state)
             middle = now()

@@ -1,6 +1,8 @@
 // The CPU kernels that decode, for Python: see bind_ops.cpp.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <vector>
 
 #include "bind_ops.h"
@@ -148,10 +150,19 @@ SampleProblem sample_problem(int64_t row_count, int64_t columns, uintptr_t reque
     return s;
 }
 
-int64_t decode_tokens(const Decoder& decoder, int64_t row_count, uintptr_t tokens, uintptr_t positions, const Pool& pool, const Tables& tables,
+using Constraints = std::tuple<std::vector<token_mask::Masks*>, std::vector<int32_t>>;  // of each row, or none: its masks, or null, and node
+
+// Returns how many steps were made, and the nodes then. Masks are made while the GIL is held, as their automata may be other threads' too.
+std::tuple<int64_t, std::vector<int32_t>> decode_tokens(const Decoder& decoder, int64_t row_count, uintptr_t tokens, uintptr_t positions, const Pool& pool, const Tables& tables,
                int64_t most, uintptr_t stops, uintptr_t stop_of, uintptr_t requests, uintptr_t steps, int64_t seed, double temperature,
-               int64_t top_k, double top_p, double min_p, const Own& own, const Drawn& drawn, int num_threads) {
+               int64_t top_k, double top_p, double min_p, const Own& own, const Drawn& drawn, const Constraints& constraints, int num_threads) {
+    std::optional<py::gil_scoped_release> free;
     DecodeRun run{};
+    std::tie(run.masks, run.nodes) = constraints;
+    if (run.masks.empty()) free.emplace();
+    for (const token_mask::Masks* masks : run.masks)
+        if (masks && masks->words() != static_cast<size_t>(std::get<3>(std::get<0>(decoder)) + 31) / 32)
+            throw std::invalid_argument("decode_run: expected constraints over the decoder's vocabulary");
     run.first = step_of(decoder, row_count, tokens, positions, pool, tables), run.most = most;
     run.stops = at<const uint8_t>(stops), run.stop_of = at<const int64_t>(stop_of);
     run.draws = sample_problem(row_count, run.first.vocabulary, requests, steps, seed, temperature, top_k, top_p, min_p, own, drawn);
@@ -166,7 +177,8 @@ int64_t decode_tokens(const Decoder& decoder, int64_t row_count, uintptr_t token
     std::vector<int64_t> positions_then(run.first.positions, run.first.positions + row_count);
     for (int64_t& position : positions_then) position += most - 1;
     check_range(positions_then.data(), row_count, std::get<5>(decoder), "positions");
-    return decode_run(run, num_threads);
+    const int64_t made = decode_run(run, num_threads);
+    return {made, run.nodes};
 }
 
 void draw(int64_t row_count, int64_t columns, int64_t stride, int dtype, uintptr_t logits, int64_t seed, uintptr_t requests,
@@ -187,7 +199,7 @@ void bind_decode(py::module_& m) {
     m.def("packed_elements", &packed_elements, "Of a packed weight: columns, depth.");
     m.def("prefer_large_pages", &prefer_large_pages, "Of memory that nobody has written to yet: address, bytes.");
     m.def("decode_pack", &pack, release(), "Rows of a weight to columns of a packed one.");
-    m.def("decode_run", &decode_tokens, release(), "Steps of every row with a token drawn after each: fills what is drawn, and returns how many steps.");
+    m.def("decode_run", &decode_tokens, "Steps of every row with a token drawn after each: fills what is drawn, and returns how many steps.");
     m.def("decode_step", &step, release(), "A token of every row through a whole decoder: fills logits, and a slot of every layer's keys and values.");
     m.def("sample", &draw, release(), "A token a row: fills tokens, its two log-probabilities and the mask's share.");
 }

@@ -11,6 +11,7 @@
 
 namespace py = pybind11;
 using automaton::Automaton;
+using token_mask::Masks;
 using token_mask::Vocabulary;
 
 namespace {
@@ -108,4 +109,19 @@ void bind_token_mask(py::module_& m) {
                 return out;
             },
             "int32 (ceil(V / 32),): bit j % 32 of word j / 32 says whether token j may come at a node.");
+    py::class_<Masks>(m, "Masks", "The masks of one language, kept by node (csrc/token_mask.h).")
+        .def(py::init<const Vocabulary&, Automaton&, const std::vector<int32_t>&, size_t>(), py::arg("vocabulary"), py::arg("automaton"),
+             py::arg("ends"), py::arg("bytes"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+        .def("__len__", &Masks::count)
+        .def("known", &Masks::known, "Whether the node's mask is kept.")
+        .def(
+            "mask",
+            [](Masks& masks, int32_t node) -> py::object {
+                const uint32_t* row = masks.row(node);
+                if (!row) return py::none();
+                py::array_t<int32_t> out(static_cast<py::ssize_t>(masks.words()));
+                std::memcpy(out.mutable_data(), row, 4 * masks.words());
+                return out;
+            },
+            "As MaskVocabulary.mask, with the end tokens; None where nothing may come.");
 }

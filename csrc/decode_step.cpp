@@ -103,7 +103,7 @@ class Step {
         char* next = reinterpret_cast<char*>(scales_ + product_rows(p.rows));
         for (int i = 0; i < PLANES; ++i) {
             planes_[i] = {next, product_depth(width(i)), size()};
-            next += product_rows(p.rows) * planes_[i].stride * planes_[i].size;
+            next += height(i) * planes_[i].stride * planes_[i].size;
             if (planes_[i].stride != width(i)) std::memset(planes_[i].data, 0, next - planes_[i].data);
         }
         const DecodeProblem& a = p.attention;
@@ -161,9 +161,11 @@ class Step {
             default: return p.hidden;
         }
     }
+    // More logits may be wanted than there are rows: of a prompt, for each of its samples.
+    int64_t height(int plane) const { return product_rows(plane == BRANCH && p.last ? std::max(p.rows, p.wanted) : p.rows); }
     int64_t floats() const {
         int64_t total = product_rows(p.rows);
-        for (int i = 0; i < PLANES; ++i) total += product_rows(p.rows) * product_depth(width(i)) * size() / 4;
+        for (int i = 0; i < PLANES; ++i) total += height(i) * product_depth(width(i)) * size() / 4;
         return total;
     }
     Rows heads_of(int plane, int64_t row, int64_t head) const {

@@ -32,7 +32,8 @@ int32_t characters(std::string_view token) {
 
 }  // namespace
 
-Vocabulary::Vocabulary(const std::vector<std::string_view>& tokens) : same_(tokens.size(), kNone) {
+Vocabulary::Vocabulary(const std::vector<std::string_view>& tokens) : same_(tokens.size(), kNone), ends_{0} {
+    for (std::string_view token : tokens) text_ += token, ends_.push_back(text_.size());
     std::vector<int32_t> order;  // of the tokens that stand for text, by their bytes; of equal ones the first alone
     for (size_t j = 0; j < tokens.size(); j++)
         if (!tokens[j].empty()) order.push_back(static_cast<int32_t>(j));
@@ -107,6 +108,35 @@ void Vocabulary::walk(const Tree& tree, automaton::Automaton& automaton, int32_t
         for (int32_t j = place.token; j != kNone; j = same_[j]) bits[j / 32] |= 1u << j % 32;
         if (place.children) *++level = {places + place.first, places + place.first + place.children, automaton.row(to)};
     }
+}
+
+Masks::Masks(const Vocabulary& vocabulary, automaton::Automaton& automaton, const std::vector<int32_t>& ends, size_t bytes)
+    : vocabulary_(vocabulary), automaton_(automaton), end_bits_(vocabulary.words(), 0),
+      most_(std::max<size_t>(1, bytes / (4 * std::max<size_t>(1, vocabulary.words())))) {
+    for (int32_t j : ends) end_bits_.at(j / 32) |= 1u << j % 32;
+}
+
+const uint32_t* Masks::row(int32_t node) {
+    const auto found = rows_.find(node);
+    if (found != rows_.end()) return found->second.empty() ? nullptr : found->second.data();
+    std::vector<uint32_t> bits = end_bits_;
+    if (node >= 0) {
+        vocabulary_.mask(automaton_, node, bits.data());
+        for (size_t w = 0; automaton_.complete(node) && w < bits.size(); w++) bits[w] |= end_bits_[w];
+    }
+    if (std::all_of(bits.begin(), bits.end(), [](uint32_t word) { return !word; })) bits.clear();
+    if (order_.size() >= most_) rows_.erase(order_.front()), order_.pop_front();
+    order_.push_back(node);
+    const std::vector<uint32_t>& kept = rows_[node] = std::move(bits);
+    return kept.empty() ? nullptr : kept.data();
+}
+
+int32_t Masks::advance(int32_t node, int32_t token) const {
+    const std::string_view text = vocabulary_.text(token);
+    if (node < 0 || text.empty()) return kNone;  // an end token
+    int32_t after = node;
+    for (size_t i = 0; i < text.size() && after != automaton::kDead; i++) after = automaton_.next(after, static_cast<uint8_t>(text[i]));
+    return after;  // where an end token stands for text that cannot follow, kDead is kNone
 }
 
 }  // namespace token_mask

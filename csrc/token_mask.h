@@ -2,7 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
+#include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "automaton.h"
@@ -18,6 +21,7 @@ public:
 
     int32_t size() const { return static_cast<int32_t>(same_.size()); }
     size_t words() const { return (same_.size() + 31) / 32; }
+    std::string_view text(int32_t token) const { return {text_.data() + ends_[token], ends_[token + 1] - ends_[token]}; }
     // Bit j % 32 of word j / 32: whether token j may come at the node. All `words()` are written.
     void mask(automaton::Automaton& automaton, int32_t node, uint32_t* bits) const;
 
@@ -39,8 +43,34 @@ private:
     };
     std::vector<Group> groups_;
     std::vector<int32_t> same_;  // the next token that stands for the same bytes, or kNone
+    std::string text_;           // of all tokens, and where each ends, after a 0
+    std::vector<size_t> ends_;
 
     void walk(const Tree& tree, automaton::Automaton& automaton, int32_t node, uint32_t* bits) const;
+};
+
+// The masks of one language, kept by node, with the tokens that end a text where it is whole. At node -1, after one of these, they
+// alone are allowed. Not thread-safe, as the automaton is not.
+class Masks {
+public:
+    // bytes: of masks that are kept; beyond that the oldest go.
+    Masks(const Vocabulary& vocabulary, automaton::Automaton& automaton, const std::vector<int32_t>& ends, size_t bytes);
+
+    size_t words() const { return end_bits_.size(); }
+    size_t count() const { return rows_.size(); }
+    bool known(int32_t node) const { return rows_.count(node); }
+    // As of Vocabulary::mask, or null where nothing may come. Good until the next call.
+    const uint32_t* row(int32_t node);
+    // The node after a token; one that the mask does not allow is not expected.
+    int32_t advance(int32_t node, int32_t token) const;
+
+private:
+    const Vocabulary& vocabulary_;
+    automaton::Automaton& automaton_;
+    std::vector<uint32_t> end_bits_;
+    size_t most_;  // rows
+    std::unordered_map<int32_t, std::vector<uint32_t>> rows_;  // an empty one where nothing may come
+    std::deque<int32_t> order_;
 };
 
 }  // namespace token_mask

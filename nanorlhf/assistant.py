@@ -9,6 +9,7 @@ import torch
 from . import chat as chat_format
 from .checkpoint import load_model
 from .engine import Completion, Constraint, Engine, Ranker, SamplingConfig, by_likelihood, generate
+from .engine.constrain import Language, TokenConstraint, constrain
 from .engine.generate import ragged
 from .model import Model
 from .ops import backend
@@ -59,6 +60,11 @@ class Assistant:
         texts = (stop,) if isinstance(stop, str) and stop else tuple(stop)
         return generate(self.model, [ids], max_new_tokens, n, [self.end, self.end_of_text], sampling, seed, engine=self.engine,
                         stop_text=texts, constraint=constraint, on_text=on_text)
+
+    def constrain(self, language: Language) -> TokenConstraint:
+        """The language over this model's vocabulary, for ``complete`` and ``chat``: choice, regex, json_schema, grammar or template of
+        nanorlhf.engine.constrain. Where its texts end, the model's end tokens may come."""
+        return constrain(language, self.tokenizer, (self.end, self.end_of_text), self.model.config.vocab_size)
 
     @torch.no_grad()
     def logprobs(self, text: str) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """assistant.py: complete, chat and logprobs of a checkpoint."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from nanorlhf import chat, ops
 from nanorlhf.assistant import Assistant, load
 from nanorlhf.checkpoint import save_model
 from nanorlhf.engine import SamplingConfig, by_score
+from nanorlhf.engine.constrain import json_schema
 from nanorlhf.engine.generate import ragged
 from tiny import byte_tokenizer, model
 
@@ -33,10 +36,11 @@ def scripted(monkeypatch, *texts):
 
     def drawn(logits, seed, requests, steps, **_):
         zeros = torch.zeros(len(logits))
-        return torch.tensor([scripts[r][s] for r, s in zip(requests, steps)]), zeros, zeros, zeros
+        return torch.tensor([scripts[r][min(s, len(scripts[r]) - 1)] for r, s in zip(requests, steps)]), zeros, zeros, zeros
 
     monkeypatch.setattr(room, "generate", listening)
     monkeypatch.setattr(ops, "sample", drawn)
+    monkeypatch.setattr("nanorlhf.engine.engine.packed_decoder", lambda model: None)  # where it runs natively, it draws there
     return asked
 
 
@@ -78,6 +82,12 @@ def test_the_best_of_several_are_those_of_the_ranker(assistant):
     assert got == [every[i] for i in longest[:2]] and assistant.complete("once", max_new_tokens=9, seed=3, best_of=5)[0] in every
     with pytest.raises(ValueError, match="best_of must be at least n, got 1 and 2"):
         assistant.complete("once", n=2, best_of=1)
+
+
+def test_an_answer_keeps_to_a_language(assistant):
+    keeps = assistant.constrain(json_schema({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}))
+    for text in (*assistant.complete("once", n=5, max_new_tokens=60, constraint=keeps), assistant.chat(ASK, 60, constraint=keeps)):
+        assert isinstance(json.loads(text)["n"], int)
 
 
 def test_special_text_in_a_prompt_stays_text(assistant, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from nanorlhf import ops
 from nanorlhf.config import ModelConfig
 from nanorlhf.engine.cache import PagedCache, Rows, packed_decoder
+from nanorlhf.engine.constrain import Vocabulary, constrain, regex
 from nanorlhf.model import Model
 from nanorlhf.ops import backend
 from test_backend import ISAS, python
@@ -131,7 +132,7 @@ def check_prompts(shape, dtype, rows, lengths):
             found.append((hidden.to(wide) @ one.head_weight.to(one.compute_dtype).to(wide).T, cache.k_pages))
         finally:
             backend.force(before)
-    last = torch.tensor([len(tokens) - 1, 0, len(tokens) // 2, 0])
+    last = torch.tensor([len(tokens) - 1, 0, len(tokens) // 2] * 300)  # of a prompt, for each of its samples
     for some in (None, last):
         cache = cache_of(net, pool)
         ours = cache.logits(packed_decoder(net), tokens, positions, slots, own, cu_seqlens, some)
@@ -287,6 +288,11 @@ def test_inputs_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match="decode_run: .*" + message):
             cache.run(decoder, tokens, positions, rows, *arguments)
+    with pytest.raises(ValueError, match="a constraint or None for each of 3 rows, got 1"):
+        cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), constraints=[None])
+    far = constrain(regex("a*"), Vocabulary([b"a"] * 99), [])
+    with pytest.raises(ValueError, match="decode_run: expected constraints over the decoder's vocabulary"):
+        cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), constraints=[None, None, far.cursor(far.start())])
     with pytest.raises(ValueError, match="top_p above 0"):
         cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), top_p=0)
     apart = cache.k_pages.transpose(2, 4).contiguous().transpose(2, 4)  # the same numbers, a key's elements not side by side

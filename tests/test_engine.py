@@ -1,6 +1,7 @@
 """engine/engine.py: a request's tokens are its own, and every page comes back."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from nanorlhf.config import OptimConfig
 from nanorlhf.engine import Engine, Request, SamplingConfig, generate
 from nanorlhf.engine.cache import PagedCache
+from nanorlhf.engine.constrain import Vocabulary, constrain, grammar, json_schema, regex
 from nanorlhf.engine.generate import ragged
 from nanorlhf.model import Model
 from nanorlhf.ops import backend
@@ -98,9 +100,9 @@ def counted(monkeypatch):
         monkeypatch.setattr(owner, name, lambda self, *given, run=run, at=at: counts.append(len(given[at])) or run(self, *given))
 
     def several(self, *given, run=PagedCache.run, **settings):
-        drawn, marks = run(self, *given, **settings)
-        counts.extend([drawn.shape[1]] * len(drawn))
-        return drawn, marks
+        found = run(self, *given, **settings)
+        counts.extend([found[0].shape[1]] * len(found[0]))
+        return found
 
     monkeypatch.setattr(PagedCache, "run", several)
     return counts
@@ -347,6 +349,35 @@ def test_tokens_that_a_window_lost_lead_to_no_page(monkeypatch):
     asked = [Request(prompt + second[:5] + first[5:8] + [3], 5, GREEDY)]
     (got,), (wanted,) = engine.run(asked), Engine(net).run(asked)
     assert got.ids == wanted.ids and np.allclose(got.unfiltered, wanted.unfiltered, atol=1e-5) and empty(engine)
+
+
+@pytest.mark.parametrize("language", [regex(r"[a-c]{2,9}(é|日)*;"), json_schema({"type": "array", "items": {"type": "string", "maxLength": 3}}),
+                                      grammar('root ::= "x" root "y" | "ab"')], ids=["regex", "schema", "grammar"])
+def test_a_constraint_that_goes_along_natively_draws_what_it_draws_step_by_step(language):
+    """In company of rows without one; stepwise because a token's entropy is asked for. A text ends where the end token comes."""
+    net, end = model(1, loud=False, vocab_size=V, context=64), TOK.special_tokens["<|end|>"]
+    keeps = constrain(language, TOK, [end])
+    requests = [Request(p, 30, stream=i, stop=(end,) if i % 2 else (), constraint=keeps if i % 3 else None) for i, p in enumerate(random_sequences(12, 9, V, 3))]
+    native = Engine(net, TOK).run(requests)
+    for got, expected in zip(native, Engine(net, TOK).run([replace(r, entropy=True) for r in requests])):
+        assert (got.ids, got.finish_reason, got.text) == (expected.ids, expected.finish_reason, expected.text)
+        assert np.allclose(got.logprobs, expected.logprobs, atol=1e-5) and np.allclose(got.kept, expected.kept, atol=1e-5)
+    for got, r in zip(native, requests):
+        assert r.constraint is None or not got.finished or keeps.matches(got.text)
+
+
+def test_a_native_constraint_after_which_nothing_can_come_ends_its_request_alone():
+    """The vocabulary has no token for what has to follow "ab"."""
+    end, words = V - 1, [b"a", b"b"] + [b""] * (V - 2)
+    keeps = constrain(regex("abc"), Vocabulary(words), [end])
+    engine = Engine(model(1, vocab_size=V))
+    bad, good = engine.submit(Request([1], 9, constraint=keeps)), engine.submit(Request([2], 20))
+    while engine.step():
+        pass
+    assert bad.completion.ids == [0, 1] and bad.completion.finish_reason == "error" and not bad.completion.finished
+    with pytest.raises(ValueError, match="nothing can follow at byte 2 of a text of .*, after 'ab'"):
+        bad.result()
+    assert good.result().ids == Engine(model(1, vocab_size=V)).run([Request([2], 20)])[0].ids and empty(engine)
 
 
 def test_a_bias_that_bans_what_the_constraint_asks_for_ends_that_request_alone():

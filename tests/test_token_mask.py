@@ -8,7 +8,7 @@ import pytest
 
 from nanorlhf.engine.constrain import json_schema, regex
 from nanorlhf.engine.constrain.network import automaton
-from nanorlhf.ops.token_mask import MaskVocabulary, token_mask_reference
+from nanorlhf.ops.token_mask import Masks, MaskVocabulary, token_mask_reference
 
 PIECES = [b"a", b"b", b" ", b"yz", b'"', b"\\", b"\n", b"\x7f", "é".encode(), "日".encode(), "😀".encode(), b"\xc3", b"\xa9", b"\xf0\x9f", b"\xed\xa0\x80",
           b"\xe0\x80\x80", b"\xf4\x90\x80\x80", b"0", b",", b"aaaaaaa", b"ab" * 40]  # fmt: skip
@@ -57,3 +57,16 @@ def test_an_empty_vocabulary_has_an_empty_mask():
     machine = automaton(regex("a"))
     assert MaskVocabulary([]).mask(machine, machine.start()).shape == (0,)
     assert MaskVocabulary([b"", b""]).mask(machine, machine.start()).tolist() == [0]
+
+
+def test_kept_masks_have_the_end_tokens_where_a_text_is_whole():
+    """Tokens a, b, ab, an end, and one of c, which nothing allows."""
+    tokens, machine = [b"a", b"b", b"ab", b"", b"c"], automaton(regex("(ab)*"))
+    masks = Masks(MaskVocabulary(tokens), machine, [3], 2 * 4)
+    start, a = machine.start(), machine.walk(machine.start(), b"a")
+    assert [masks.mask(node).tolist() for node in (start, a, -1)] == [[0b01101], [0b00010], [0b01000]]
+    assert [masks.known(node) for node in (start, a, -1)] == [False, True, True] and len(masks) == 2
+    none = Masks(MaskVocabulary([b"c", b""]), machine, [], 0)
+    assert none.mask(start) is None and none.known(start)
+    with pytest.raises(IndexError):
+        Masks(MaskVocabulary(tokens), machine, [99], 1)

@@ -12,7 +12,8 @@ from .sample import Sampler
 
 # Rows of ``ints``. The first three are of the row's last token in the cache and of the last one drawn; a step adds 1 to each.
 POSITION, LENGTH, STEP, ROOM, RECORD, USED, STOPS, FLAGS, STREAM = range(9)
-CONSTRAINED, ENTROPY, TOP, ATTENDED, FILTERED = (1 << i for i in range(5))  # bits of FLAGS
+CONSTRAINED, ENTROPY, TOP, ATTENDED, FILTERED, FOREIGN = (1 << i for i in range(6))  # bits of FLAGS; FOREIGN: a constraint that does not walk
+STEPWISE = ENTROPY | TOP | FILTERED | FOREIGN  # rows of these are not run natively
 SPARE = 4  # columns of page tables that are kept free, so that they are rarely made anew
 
 
@@ -30,7 +31,7 @@ class Batch:
         self._free = list(range(slots))[::-1]
         self._stops: Dict[FrozenSet[int], int] = {}
         self.stop_bits = np.zeros((0, vocab_size), bool)
-        self.attended: List[int] = []  # rows of ATTENDED
+        self.attended: List[int] = []  # rows of ATTENDED and CONSTRAINED
         self.changed, self._sampler = True, None
 
     @property
@@ -44,7 +45,8 @@ class Batch:
         """A row whose ``length`` tokens are in these pages; its next token is about to be drawn."""
         r, request, record, drawn = self.size, handle.request, self._free.pop(), len(handle.drawn)
         flags = (CONSTRAINED * (request.constraint is not None) | ENTROPY * request.entropy | TOP * (request.top_logprobs > 0)
-                 | ATTENDED * handle.attended | FILTERED * (request.sampling.repetition_penalty != 1 or bool(request.sampling.logit_bias)))
+                 | ATTENDED * handle.attended | FILTERED * (request.sampling.repetition_penalty != 1 or bool(request.sampling.logit_bias))
+                 | FOREIGN * (request.constraint is not None and not handle.walks))
         self.ints[:, r] = (length - 1, 0, drawn, handle.room, record, len(pages), self._stop_index(frozenset(request.stop)), flags,
                            (request.stream + (1 << 63)) % (1 << 64) - (1 << 63))
         self.table[r, :len(pages)] = pages
@@ -81,10 +83,12 @@ class Batch:
         self.token[:len(rows)] = self.token[self.on_device(rows)]
         self.changed, self._sampler = True, None
 
-    def ahead(self, limit: int) -> int:
-        """How many tokens, up to ``limit``, every row may draw before anybody has to look at one."""
+    def ahead(self, limit: int, native: bool) -> int:
+        """How many tokens, up to ``limit``, every row may draw before anybody has to look at one; native: whether they can be run natively,
+        as far as that is not theirs to say."""
         ints = self.ints[:, :self.size]
-        if limit < 2 or np.bitwise_or.reduce(ints[FLAGS]) & ATTENDED:
+        flags = np.bitwise_or.reduce(ints[FLAGS])
+        if limit < 2 or flags & ATTENDED or flags & CONSTRAINED and not (native and not flags & STEPWISE):
             return 1
         return max(1, min(limit, int((ints[ROOM] - ints[STEP]).min()) - 1))
 
@@ -122,7 +126,7 @@ class Batch:
             depth = self.depth[leaders].astype(np.int32)
             self.prefix = tuple(self.on_device(x) for x in (table[leaders, :depth.max()].copy(), depth * self.page_size, owner))
         self.flags = int(np.bitwise_or.reduce(ints[FLAGS]))
-        self.attended = np.flatnonzero(ints[FLAGS] & ATTENDED).tolist()
+        self.attended = np.flatnonzero(ints[FLAGS] & (ATTENDED | CONSTRAINED)).tolist()
         self.changed = False
 
     def next(self) -> Tuple[Tensor, Rows]:
@@ -154,6 +158,12 @@ class Batch:
         if low == 0:
             self._sampler = made
         return made
+
+    def cursors(self) -> Optional[list]:
+        """Of the rows' constraints, for ops.decode_run; None where there is none."""
+        if not self.flags & CONSTRAINED:
+            return None
+        return [None if h.request.constraint is None else h.request.constraint.cursor(h.state) for h in self.handles]
 
     def mask(self, low: int) -> Optional[Tensor]:
         """(R, ceil(V / 32)) int32 of the constraints of the rows from ``low`` on; None where there is none."""

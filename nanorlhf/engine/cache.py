@@ -1,6 +1,6 @@
 """The keys and values of every layer, in pages of one pool."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class PagedCache:
         """The same in one call, with the product with the output matrix: (N, V), or (R, V) for the tokens ``last`` (R,) int64."""
         return ops.decode_step(decoder, tokens, positions, slots, self.k_pages, self.v_pages, *(rows or ()), cu_seqlens=cu_seqlens, last=last)
 
-    def run(self, decoder: PackedDecoder, tokens: Tensor, positions: Tensor, rows: Rows, *draws, **settings) -> Tuple[Tensor, Tensor]:
+    def run(self, decoder: PackedDecoder, tokens: Tensor, positions: Tensor, rows: Rows, *draws, **settings) -> Tuple[Tensor, Tensor, List[int]]:
         """The same for one token of each row, then a draw, several times: see ops.decode_run."""
         return ops.decode_run(decoder, tokens, positions, self.k_pages, self.v_pages, *rows, *draws, **settings)
 

@@ -258,14 +258,13 @@ class Engine:
 
     def _decode(self) -> None:
         batch = self.batch
-        count = self._grow(batch.ahead(self.window)) if batch.size else 0
+        count = self._grow(batch.ahead(self.window, self._decoder is not None)) if batch.size else 0
         if not count:
             return
         batch.compose()
-        more = batch.flags & (columns.CONSTRAINED | columns.ENTROPY | columns.TOP | columns.FILTERED)
-        if self._decoder is not None and not more:
-            return self._harvest(0, *self._run(count), None)
-        if self._graphs is not None and not (more or ops.backend.is_deterministic()):
+        if self._decoder is not None and not batch.flags & columns.STEPWISE:
+            return self._harvest(0, *self._run(count))
+        if self._graphs is not None and not (batch.flags & (columns.STEPWISE | columns.CONSTRAINED) or ops.backend.is_deterministic()):
             graph = self._graphs.find(self.model, self._forward, batch, count, self.window)
             if graph is not None:
                 return self._replay(graph, count)
@@ -278,16 +277,17 @@ class Engine:
                 tokens, marks, tops = zip(*drawn)
                 self._harvest(0, torch.stack(tokens).cpu().numpy(), torch.stack(marks, 1).cpu().numpy(), tops[0])
 
-    def _run(self, count: int) -> Tuple[np.ndarray, np.ndarray]:
-        """Up to so many tokens of every row natively: tokens (K, B) and marks (3, K, B)."""
+    def _run(self, count: int) -> Tuple[np.ndarray, np.ndarray, None, List[int]]:
+        """Up to so many tokens of every row natively: what _harvest takes."""
         batch, (sampler, streams) = self.batch, self.batch.sampler_from(0)
         (positions, rows), ints = batch.next(), batch.ints[:, :batch.size]
-        drawn, marks = self.cache.run(
+        drawn, marks, nodes = self.cache.run(
             self._decoder, batch.token[:batch.size], positions, rows, streams, batch.on_device(ints[columns.STEP] + 1), count,
-            batch.on_device(batch.stop_bits), batch.on_device(ints[columns.STOPS].copy()), seed=sampler.seed, **sampler.settings)  # fmt: skip
+            batch.on_device(batch.stop_bits), batch.on_device(ints[columns.STOPS].copy()), seed=sampler.seed,
+            constraints=batch.cursors(), **sampler.settings)  # fmt: skip
         batch.token[:batch.size] = drawn[-1]
         batch.advance(len(drawn))
-        return drawn.numpy(), marks.numpy()
+        return drawn.numpy(), marks.numpy(), None, nodes
 
     def _replay(self, graph: DecodeGraph, count: int) -> None:
         """So many steps by a graph, and a look at what they drew."""
@@ -350,8 +350,9 @@ class Engine:
             pages = np.concatenate((np.asarray(own, np.int32), pages[len(own):]))
         self.pool.release(pages)
 
-    def _harvest(self, low: int, tokens: np.ndarray, marks: np.ndarray, top: Optional[tuple]) -> None:
-        """Look at what was drawn for the rows from ``low`` on, in K steps: tokens (K, R), marks (M, K, R), and the first step's top."""
+    def _harvest(self, low: int, tokens: np.ndarray, marks: np.ndarray, top: Optional[tuple], nodes: Sequence[int] = ()) -> None:
+        """Look at what was drawn for the rows from ``low`` on, in K steps: tokens (K, R), marks (M, K, R), and the first step's top. nodes:
+        where their constraints have come to, if these went along."""
         batch = self.batch
         ints = batch.ints[:, low:batch.size]
         steps = ints[columns.STEP] + np.arange(1 - len(tokens), 1)[:, None]  # (K, R)
@@ -362,34 +363,36 @@ class Engine:
         stopped = batch.stop_bits[ints[columns.STOPS], tokens]
         ended = stopped | (steps + 1 >= ints[columns.ROOM])
         for row in batch.attended:
-            if row >= low and self._attend(batch.handles[row], row - low, int(tokens[0, row - low]), bool(ended[0, row - low]), top):
-                stopped[0, row - low] = ended[0, row - low] = True
+            if row >= low and self._attend(row, row - low, tokens[:, row - low].tolist(), bool(ended[:, row - low].any()), top, nodes):
+                stopped[-1, row - low] = ended[-1, row - low] = True
         if ended.any():
             rows = ended.any(0).nonzero()[0]
             first = ended[:, rows].argmax(0)
             self._leave((low + rows).tolist(), (steps[first, rows] + 1).tolist(),
-                        ["stop" if s else "length" for s in stopped[first, rows]])
+                        ["error" if batch.handles[low + r].error else "stop" if s else "length" for r, s in zip(rows, stopped[first, rows])])
         while self._cancelled:
             handle = self._cancelled.pop()
             if handle in batch.handles:
                 row = batch.handles.index(handle)
                 self._leave([row], [int(batch.ints[columns.STEP, row]) + 1], ["cancelled"])
 
-    def _attend(self, handle: Handle, row: int, token: int, ended: bool, top) -> bool:
-        """What has to happen for this request before its next token; returns whether that ends it. An error ends it alone."""
+    def _attend(self, row: int, place: int, tokens: List[int], ended: bool, top, nodes: Sequence[int]) -> bool:
+        """What has to happen for this row's request before its next token, which has just drawn these (one of them, unless all that is to
+        be looked at is its constraint); place: of the row in ``top``. Returns whether that ends it. An error ends it alone."""
+        handle = self.batch.handles[row]
         request, stop = handle.request, False
         self._called |= request.on_token is not None or request.on_text is not None
         try:
             if request.top_logprobs:
-                ids, values = (x[row, :request.top_logprobs].tolist() for x in top)
+                ids, values = (x[place, :request.top_logprobs].tolist() for x in top)
                 handle.top.append(list(zip(ids, values)))
             if request.on_token is not None:
-                request.on_token(token)
+                request.on_token(tokens[0])
             if handle.text is not None:
-                piece, stop = handle.text.push(token)
+                piece, stop = handle.text.push(tokens[0])
                 handle.say(piece)
             if request.constraint is not None and not (ended or stop):
-                handle.advance(token)
+                handle.moved(nodes[row], tokens) if nodes else handle.advance(tokens[0])
         except BaseException as error:
             handle.error, stop = error, True
         return stop

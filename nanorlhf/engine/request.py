@@ -62,7 +62,7 @@ class Completion:
     ids: List[int] = field(default_factory=list)
     logprobs: List[float] = field(default_factory=list)  # under what was drawn from: masked, filtered
     finished: bool = False  # it ended itself, by a stop token or a stop text
-    finish_reason: str = field(default="", compare=False)  # stop, length or cancelled
+    finish_reason: str = field(default="", compare=False)  # stop, length, cancelled or error
     unfiltered: List[float] = field(default_factory=list, compare=False)  # log-probs under softmax(logits / temperature), of softmax(logits) where that is 0
     kept: List[float] = field(default_factory=list, compare=False)  # the share of that which the constraint's mask allows
     entropy: List[float] = field(default_factory=list, compare=False)  # of that, in nats, if asked for
@@ -92,7 +92,12 @@ class Handle:
     def attended(self) -> bool:
         """Whether each of its tokens has to be looked at before the next is drawn."""
         r = self.request
-        return self.text is not None or r.constraint is not None or r.on_token is not None or r.top_logprobs > 0
+        return self.text is not None or r.on_token is not None or r.top_logprobs > 0 or r.constraint is not None and not self.walks
+
+    @property
+    def walks(self) -> bool:
+        """Whether its constraint can go along natively."""
+        return hasattr(self.request.constraint, "cursor")
 
     def context(self) -> np.ndarray:
         """(T,): what its next token follows."""
@@ -117,6 +122,11 @@ class Handle:
             if not left.any():
                 raise ValueError(f"engine: logit_bias bans every token that the constraint allows after {self.advanced} tokens")
         return mask
+
+    def moved(self, node: int, tokens: Sequence[int]) -> None:
+        """Its constraint has gone along natively."""
+        self.state = self.request.constraint.moved(self.state, node, tokens)
+        self.mask = self.request.constraint.mask(self.state)
 
     def complete(self, ids: np.ndarray, marks: Optional[np.ndarray], reason: str, tokenizer: Optional[Tokenizer]) -> None:
         """It has ended with these tokens."""

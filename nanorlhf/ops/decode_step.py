@@ -118,14 +118,15 @@ def decode_step(decoder, tokens, positions, slots, k_pages, v_pages, pages=None,
 
 
 def decode_run(decoder, tokens, positions, k_pages, v_pages, pages, lengths, prefix, streams, steps, most, stops, stop_of,
-               seed=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):  # fmt: skip
-    """Up to ``most`` times ``decode_step`` and ``sample`` in turns: the tokens drawn, which are the next step's, as (K, B) int64, and
-    their logprobs, unfiltered and kept, as of ``sample``, as (3, K, B) fp32.
+               seed=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, constraints=None):  # fmt: skip
+    """Up to ``most`` times ``decode_step`` and ``sample`` in turns: the tokens drawn, which are the next step's, as (K, B) int64;
+    their logprobs, unfiltered and kept, as of ``sample``, as (3, K, B) fp32; and the nodes that constraints have come to.
 
     tokens to prefix: as of the first decode_step, of rows alone, whose slots are their pages' for their lengths; the tables have pages for
     most - 1 tokens more. streams: (B,) int64, the requests of ``sample``, steps: (B,) int64, of the first draw; the settings are those
     of ``sample``. stops: (S, V) bool, stop_of: (B,) int64: the row's row of it. K is less than ``most`` where a token in
     ``stops`` was drawn, which the last step then has, or where logits were no distribution, if not the first: for these it raises.
+    constraints: of each row (ops.token_mask.Masks, node), or None; K is also less where after a step one of them allows nothing.
     """
     B, V = len(tokens), decoder.shape[3]
     rows, tables, given = _tables("decode_run", decoder, k_pages, v_pages, pages, lengths, prefix)
@@ -139,12 +140,15 @@ def decode_run(decoder, tokens, positions, k_pages, v_pages, pages, lengths, pre
                          f"{', '.join(f'{tuple(x.shape)} in {x.dtype}' for x, *_ in given)}")
     check_sampling(temperature, top_k, top_p, min_p)
     drawn, marks = torch.empty(most, B, dtype=torch.int64), torch.empty(3, most, B)
-    made = _C.decode_run(
+    masks, nodes = zip(*(c or (None, 0) for c in constraints)) if constraints else ((), ())
+    if len(masks) not in (0, B):
+        raise ValueError(f"decode_run: expected a constraint or None for each of {B} rows, got {len(masks)}")
+    made, nodes = _C.decode_run(
         decoder.described, B, tokens.data_ptr(), positions.data_ptr(), _pool(k_pages, v_pages), tables, most, stops.data_ptr(), stop_of.data_ptr(),
         streams.data_ptr(), steps.data_ptr(), signed(seed), temperature, top_k, top_p, min_p, tuple(map(_at, own or (None,) * 5)),
-        (drawn.data_ptr(), *(x.data_ptr() for x in marks)), torch.get_num_threads(),
+        (drawn.data_ptr(), *(x.data_ptr() for x in marks)), (masks, nodes), torch.get_num_threads(),
     )  # fmt: skip
-    return drawn[:made], marks[:, :made]
+    return drawn[:made], marks[:, :made], nodes
 
 
 def _at(x):

@@ -1,7 +1,8 @@
 """Which tokens of a vocabulary may come next in a text of a language. Native on the CPU (csrc/automaton.h, csrc/token_mask.h).
 
 `Automaton(states, start, edges, jumps, calls, ends)` is a language of bytes as a network of states, made deterministic as it is
-walked; `MaskVocabulary(tokens)` is a vocabulary as trees of bytes, and its `mask(automaton, node)` is one bit a token.
+walked; `MaskVocabulary(tokens)` is a vocabulary as trees of bytes, and its `mask(automaton, node)` is one bit a token; `Masks(vocabulary,
+automaton, ends, bytes)` keeps them, with the tokens that end a text.
 """
 
 import numpy as np
@@ -10,6 +11,7 @@ from nanorlhf import _C
 
 Automaton = _C.Automaton
 MaskVocabulary = _C.MaskVocabulary
+Masks = _C.Masks
 
 
 def token_mask_reference(tokens: list[bytes], automaton: Automaton, node: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from nanorlhf.engine.constrain.language import Language
 from nanorlhf.engine.constrain.network import automaton
-from nanorlhf.ops.token_mask import MaskVocabulary
+from nanorlhf.ops.token_mask import Masks, MaskVocabulary
 from nanorlhf.tokenizer import Tokenizer
 
 _ROW_BYTES = 1 << 26  # of masks that one constraint keeps
@@ -34,8 +34,8 @@ class Constraint(Protocol):
         """The state of the empty text."""
 
     def mask(self, state) -> np.ndarray:
-        """int32 (ceil(V / 32),): bit j % 32 of word j // 32 is set where token j may come next. Kept by the constraint: not to be
-        written to. Raises ValueError, with the place, where no token may."""
+        """int32 (ceil(V / 32),), not to be written to: bit j % 32 of word j // 32 is set where token j may come next. Raises ValueError, with
+        the place, where no token may."""
 
     def advance(self, state, token: int):
         """The state after a token. Raises ValueError, with the place, for one that the mask forbids."""
@@ -110,15 +110,12 @@ class TokenConstraint:
         self.vocab_size = len(vocabulary.tokens)
         if not all(isinstance(end, (int, np.integer)) and 0 <= end < self.vocab_size for end in self.ends):
             raise ValueError(f"constrain: expected end ids from 0 to {self.vocab_size - 1}, got {list(ends)}")
-        self._end_bits = np.zeros(-(-self.vocab_size // 32), np.int32)
-        for end in self.ends:
-            self._end_bits.view(np.uint32)[end // 32] |= np.uint32(1 << end % 32)
         self._epoch = -1
         self._begin()
 
     def _begin(self) -> None:
         self._automaton = automaton(self.language)
-        self._rows: dict[int, np.ndarray] = {}
+        self._masks = Masks(self.vocabulary.trees, self._automaton, self.ends, _ROW_BYTES)
         self._epoch += 1
 
     def start(self) -> State:
@@ -132,19 +129,24 @@ class TokenConstraint:
 
     def mask(self, state: State) -> np.ndarray:
         """As in Constraint. After an end token, end tokens alone."""
-        node = self._node(state)
-        row = self._rows.get(node)
+        row = self._masks.mask(self._node(state))
         if row is None:
-            row = self._end_bits if node < 0 else self.vocabulary.trees.mask(self._automaton, node)
-            if node >= 0 and self._automaton.complete(node):
-                row |= self._end_bits
-            if not row.any():
-                raise ValueError(f"constrain: nothing can follow {self._place(state)}: no token of the vocabulary leads on, nor can it end")
-            row.setflags(write=False)
-            if len(self._rows) * row.nbytes >= _ROW_BYTES:
-                del self._rows[next(iter(self._rows))]
-            self._rows[node] = row
+            raise ValueError(f"constrain: nothing can follow {self._place(state)}: no token of the vocabulary leads on, nor can it end")
         return row
+
+    def known(self, state: State) -> bool:
+        """Whether the mask was worked out before, and is kept."""
+        return self._masks.known(self._node(state))
+
+    def cursor(self, state: State) -> tuple[Masks, int]:
+        """What ``ops.decode_run`` takes to walk on from a state by itself."""
+        if self._automaton.size() > _NODES:
+            self._begin()
+        return self._masks, self._node(state)
+
+    def moved(self, state: State, node: int, tokens: Iterable[int]) -> State:
+        """Where it has come to from a cursor, by these tokens, of which the mask allowed each."""
+        return State(node, self._epoch, state.text + b"".join([self.vocabulary.tokens[j] for j in tokens]))
 
     def allowed(self, state: State) -> list[int]:
         """The ids in the mask."""
