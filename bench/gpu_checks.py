@@ -1,11 +1,17 @@
-"""The checks of bench/gpu.py of all ops but attention: every size that a kernel may treat in its own way, by gpu_verify's rules."""
+"""The checks of bench/gpu.py of all ops but attention: every size that a kernel may treat in its own way, by gpu_verify's rules; and of
+the engine's graphs."""
 
 import math
+import warnings
 
 import torch
 
-from gpu_verify import BF16, F32, boxed, check, close, earned, poisoned, same
+from gpu_verify import BF16, F32, Skipped, boxed, check, close, earned, poisoned, same
 from nanorlhf import ops
+from nanorlhf.config import ModelConfig
+from nanorlhf.engine import Engine, Request, SamplingConfig
+from nanorlhf.engine.graph import CudaCapture
+from nanorlhf.model import Model
 from nanorlhf.ops import optim
 from nanorlhf.ops.embedding import embedding_reference
 from nanorlhf.ops.gae import gae_reference
@@ -156,3 +162,27 @@ def _optimiser(place):
             optim.adamw_(*kind, step, 1e-2, (0.9, 0.95), 1e-8, 0.1, 0.5)
     for ours, exact in zip(params, twins[0], strict=True):
         close(ours, exact, roundings=8)
+
+
+@check("decode graphs")
+def _decode_graphs(place):
+    """The engine by captured steps, and by the same steps called again and again, before and after weights change in place."""
+    if place.device != "cuda":
+        raise Skipped("needs a GPU")
+    config = ModelConfig(vocab_size=501, hidden_size=192, layers=3, heads=6, kv_heads=2, head_size=64, intermediate_size=256, context=256)
+    plain = SamplingConfig(), SamplingConfig(temperature=0), SamplingConfig(0.8, top_k=40), SamplingConfig(top_p=0.9, min_p=0.01)
+    requests = [Request([7 + i % 2] * 40 + [i], 60 + 5 * i, plain[i % 4], seed=i % 3, stream=i, stop=(3, 4)) for i in range(29)]
+    for dtype in (F32, BF16):
+        net, told = Model(config, dtype=dtype).to(place.device), []
+        captured = CudaCapture(net.device)
+        engines = [Engine(net, slots=13, graphs=capture) for capture in (lambda run: run, captured)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a capture that fails
+            for _ in range(2):
+                told.append([[(c.ids, c.logprobs) for c in engine.run(requests)] for engine in engines])
+                with torch.no_grad():
+                    for weight in net.parameters():
+                        weight.mul_(0.9)
+        assert all(ours == expected for expected, ours in told), f"captured steps draw otherwise in {dtype}"
+        assert captured.last is not None, "nothing was captured"
+        assert told[0] != told[1]

@@ -202,6 +202,28 @@ def step(batch=16, T=1024):
     return build
 
 
+def decoding(rows=8, tokens=64):
+    """The engine's steps as CUDA graphs, and one by one, prompts included."""
+
+    def build(device, tiny):
+        from nanorlhf.config import ModelConfig
+        from nanorlhf.engine import Engine, Request
+        from nanorlhf.model import Model
+
+        size, new = (768, tokens) if not tiny else (64, 4)
+        config = ModelConfig(vocab_size=16 * size, hidden_size=size, layers=12 if not tiny else 1, heads=size // 64, kv_heads=size // 64,
+                             head_size=64, intermediate_size=8 * size // 3, context=512)  # fmt: skip
+        net = Model(config, dtype=BF16).to(device)
+        requests = [Request([i + 1] * 16, new, stream=i) for i in range(rows)]
+        ways = {name: Engine(net, slots=rows, graphs=graphs, keep=False) for name, graphs in ((OURS, True), ("eager", False))}
+        runs = {name: lambda engine=engine: engine.run(requests) and None for name, engine in ways.items()}
+        for _ in range(4):  # a shape is captured when it has come often enough
+            runs[OURS]()
+        return Case(runs, rows * new / 1e3, "ktokens/s", compared=False)
+
+    return build
+
+
 def rows():
     """Every row of the table but the ceilings, the most wanted first."""
     attention = gpu_rows_attention.rows()
@@ -220,6 +242,8 @@ def rows():
             needs=("swiglu",)),
         Row("RoPE both ways", both_directions(_rope(ops.rope_qkv), _rope(rope_qkv_reference), _turned,
                                               lambda q, k, v: 4 * (q.nbytes + k.nbytes + v.nbytes)), ("copy",), needs=("rope",)),
+        Row("engine steps B8 124M", decoding(), ("eager",), needs=("decode graphs",)),
+        Row("engine steps B64 124M", decoding(64), ("eager",), needs=("decode graphs",)),
         Row("sample 256 x 131072", sampled, ("copy",), needs=("sample",)),
     ]  # fmt: skip
     return sorted(attention + found, key=_order)

@@ -7,7 +7,7 @@ recomputation).
 
 import math
 from collections import deque
-from typing import Deque, List, Optional, Sequence, Tuple
+from typing import Deque, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from . import batch as columns
 from .batch import Batch
 from .cache import PagedCache, Rows, packed_decoder
 from .draw import draw, logits_of
+from .graph import Capture, CudaCapture, DecodeGraph, DecodeGraphs
 from .pages import PagePool, PrefixTree
 from .prefill import Plan, Prefill, plan_next
 from .request import Completion, Handle, Request
@@ -36,13 +37,16 @@ class Engine:
     The weights are the model's own: after an optimiser's step or ``load_state_dict`` the next step uses the new ones, and everything
     that was cached under the old ones is forgotten (requests under way are recomputed). Only in-place changes through ``.data``
     go unseen, and modules that were added later. ``window``: steps between looks at what was drawn, where no request has to be looked at
-    sooner.
+    sooner; on a GPU these are replays of one graph (graph.py).
     """
 
     def __init__(self, model: Model, tokenizer: Optional[Tokenizer] = None, slots: int = 64, pool_tokens: Optional[int] = None,
-                 page_size: int = 16, keep: bool = True):
-        """pool_tokens: 8 contexts, as far as POOL_BYTES go, unless given. keep: whether prompts and continuations stay for later requests to go on from."""
+                 page_size: int = 16, keep: bool = True, graphs: Union[bool, Capture] = True):
+        """pool_tokens: 8 contexts, as far as POOL_BYTES go, unless given. keep: whether prompts and continuations stay for later requests
+        to go on from. graphs: whether steps on a GPU are captured as CUDA graphs, of plain sampling alone; or what captures them."""
         self.model, self.tokenizer, self.keep = model, tokenizer, keep
+        capture = CudaCapture(model.device) if graphs is True and model.device.type == "cuda" else graphs
+        self._graphs = None if isinstance(capture, bool) else DecodeGraphs(capture)
         c = model.config
         if pool_tokens is None:
             pool_tokens = min(8 * c.context, POOL_BYTES // (2 * c.layers * c.kv_heads * c.head_size * model.compute_dtype.itemsize))
@@ -161,7 +165,7 @@ class Engine:
     def _refresh(self) -> None:
         """Forget what was computed under other weights."""
         self._called = False
-        addresses = tuple([w.data_ptr() for w in self._weights()])
+        addresses = tuple([(w.data_ptr(), w.dtype) for w in self._weights()])
         known = self.version, self.model.compute_dtype, addresses, (ops.backend.is_deterministic(), ops.backend.forced())
         if known == self._known:
             return
@@ -169,16 +173,31 @@ class Engine:
             self._put_off(row)
         self.tree.clear()
         if self._known is None or known[1:3] != self._known[1:3]:
-            self.cache, self.batch = PagedCache(self.model, self.pool.count, self.pool.size), self._new_batch(self.batch.slots)
-        if self._known is None or known[1:] != self._known[1:]:
-            self._decoder = packed_decoder(self.model)
+            # One page more than anybody can hold: that of a graph's pads.
+            self.cache, self.batch = PagedCache(self.model, self.pool.count + 1, self.pool.size), self._new_batch(self.batch.slots)
+        moved = self._known is None or known[1:] != self._known[1:]
+        if moved:
+            self._decoder, self._head = packed_decoder(self.model), None
+            self._casts.clear()
+            if self._graphs is not None:
+                self._graphs.clear()
         elif self._decoder is not None:
             self._decoder.pack()
         self._known, self._crowded = known, False
-        self._casts.clear()
         if self._decoder is None:
-            weight = self.model.head_weight.detach().to(self.model.compute_dtype)
-            self._head = weight if ops.backend.is_deterministic() else weight.float()
+            self._cast()
+
+    @torch.no_grad()
+    def _cast(self) -> None:
+        """Copies of weights in other types follow them, where they are: a graph has their addresses."""
+        ops.recast(self._casts)
+        weight, kept = self.model.head_weight.detach(), self._head
+        head = weight.to(self.model.compute_dtype)
+        head = head if ops.backend.is_deterministic() else head.float()
+        if kept is None:
+            self._head = head
+        elif head.data_ptr() != weight.data_ptr():
+            kept.copy_(head)
 
     def _take(self, count: int) -> Optional[np.ndarray]:
         if count > self.pool.free:
@@ -245,6 +264,10 @@ class Engine:
         batch.compose()
         if self._decoder is not None and not batch.flags & columns.STEPWISE:
             return self._harvest(0, *self._run(count))
+        if self._graphs is not None and not (batch.flags & (columns.STEPWISE | columns.CONSTRAINED) or ops.backend.is_deterministic()):
+            graph = self._graphs.find(self.model, self._forward, batch, count, self.window)
+            if graph is not None:
+                return self._replay(graph, count)
         drawn: list = []
         try:
             for _ in range(count):
@@ -265,6 +288,22 @@ class Engine:
         batch.token[:batch.size] = drawn[-1]
         batch.advance(len(drawn))
         return drawn.numpy(), marks.numpy(), None, nodes
+
+    def _replay(self, graph: DecodeGraph, count: int) -> None:
+        """So many steps by a graph, and a look at what they drew."""
+        batch, done = self.batch, 0
+        graph.load(batch)
+        try:
+            for done in range(1, count + 1):
+                graph.replay()
+        except BaseException:  # the last step never was
+            done -= 1
+            raise
+        finally:
+            if done:
+                batch.advance(done)
+                batch.token[:batch.size] = graph.token[:batch.size]
+                self._harvest(0, *graph.drawn(batch.size, done), None)
 
     def _draw_next(self) -> Tuple[Tensor, Tensor, Optional[tuple]]:
         """Every row's next token, as _draw has it."""

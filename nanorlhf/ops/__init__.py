@@ -8,7 +8,7 @@ from nanorlhf.ops.decode_step import PackedDecoder, decode_run, decode_step
 from nanorlhf.ops.divergence import token_divergence
 from nanorlhf.ops.embedding import embedding
 from nanorlhf.ops.gae import gae, reward_to_go
-from nanorlhf.ops.linear import linear, weights_held
+from nanorlhf.ops.linear import linear, recast, weights_held
 from nanorlhf.ops.loss import cross_entropy, logits_logprobs, next_token_positions, token_logprobs
 from nanorlhf.ops.matmul import matmul
 from nanorlhf.ops.norm import add_rms_norm, rms_norm
@@ -36,6 +36,7 @@ __all__ = [
     "positions_from_cu_seqlens",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "recast",
     "reward_to_go",
     "rms_norm",
     "rope",

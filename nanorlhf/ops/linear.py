@@ -22,13 +22,20 @@ _held = threading.local()  # its casts: {(dtype, ids of the weights): (the weigh
 def weights_held(casts=None):
     """Within it no weight may change, and each is cast once: for decoding, where a step is not much more work than its casts.
 
-    casts: a dict that keeps them from one time to the next; whoever changes a weight in between empties it.
+    casts: a dict that keeps them from one time to the next; whoever changes a weight in between empties it, or has them ``recast``.
     """
     before, _held.casts = getattr(_held, "casts", None), {} if casts is None else casts
     try:
         yield
     finally:
         _held.casts = before
+
+
+@torch.no_grad()
+def recast(casts):
+    """Cast again, to where they are, what ``weights_held`` has kept in this dict: for who changes weights in place."""
+    for tensors, rows in casts.values():
+        _fill(rows, tensors)
 
 
 def linear(x, weights, biases=()):
@@ -113,11 +120,15 @@ def _stacked(tensors, dtype):
         return casts[key][1]
     rows = torch.empty((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), dtype=dtype, device=tensors[0].device)
     with torch.no_grad():
-        for part, t in zip(rows.split([t.shape[0] for t in tensors]), tensors):
-            part.copy_(t)
+        _fill(rows, tensors)
     if key is not None and all(isinstance(t, torch.nn.Parameter) for t in tensors):
         casts[key] = tensors, rows
     return rows
+
+
+def _fill(rows, tensors):
+    for part, t in zip(rows.split([t.shape[0] for t in tensors]), tensors):
+        part.copy_(t)
 
 
 def _whole(parts):
