@@ -49,7 +49,7 @@ class Sequences:
     def __init__(self, model: Model, count: int, tokens: int, decoder: Optional[ops.PackedDecoder] = None):
         """decoder: the model's, where it is at hand."""
         pages = -(-tokens // PAGE)
-        self.model, self.cache = model, PagedCache(model, count * pages, PAGE)
+        self.model, self.device, self.cache = model, model.device, PagedCache(model, count * pages, PAGE)
         self.tables = np.arange(count * pages, dtype=np.int32).reshape(count, pages)
         self.decoder = packed_decoder(model) if decoder is None else decoder
         if self.decoder is None:
@@ -57,14 +57,14 @@ class Sequences:
             self.head = weight if ops.backend.is_deterministic() else weight.float()
 
     def on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device)
+        return torch.from_numpy(array).to(self.device)
 
     def start(self, prompts: Sequence[Sequence[int]], n: int) -> None:
         """Run all of the prompts but their last tokens; sequences [i·n, (i + 1)·n) go on from prompt i."""
         counts = np.array([len(p) - 1 for p in prompts], np.int64)
         some = np.flatnonzero(counts)
         if len(some):
-            tokens, cu_seqlens = ragged([prompts[i][:-1] for i in some], self.model.device)
+            tokens, cu_seqlens = ragged([prompts[i][:-1] for i in some], self.device)
             rows, positions, _ = spans(some * n, np.zeros_like(some), counts[some])
             self._run(tokens, rows, positions, None, cu_seqlens, tokens.new_empty(0))
         used = -(-counts.max(initial=0) // PAGE)
@@ -77,12 +77,15 @@ class Sequences:
         return self._run(tokens, rows, positions, self._seen(rows, positions, int(positions.max())), None,
                          None if last is None else self.on_device(last))
 
-    def run_greedily(self, tokens: Tensor, rows: np.ndarray, positions: np.ndarray, most: int) -> Tensor:
-        """Run a token (B,) of each row, then the most probable one, ``most`` times in all: the latter (K, B). K is smaller where the
-        logits are no distribution. For a model with a decoder."""
-        none, zeros = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool), torch.zeros(len(rows), dtype=torch.int64)
+    def run(self, tokens: Tensor, rows: np.ndarray, positions: np.ndarray, streams: Tensor, steps: Tensor, most: int, seed: int,
+            s: SamplingConfig) -> tuple[Tensor, Tensor]:
+        """Run a token (B,) of each row, then what was drawn after it, ``most`` times in all: the tokens drawn and their log-probs under what
+        they were drawn from, (K, B) each. K is smaller where logits are no distribution. For a model with a decoder."""
+        stops, stop_of = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool), torch.zeros_like(streams)
         seen = self._seen(rows, positions, int(positions.max()) + most - 1)
-        return self.cache.run(self.decoder, tokens, torch.from_numpy(positions), seen, zeros, zeros, most, none, zeros, temperature=0.0)[0]
+        drawn, marks = self.cache.run(self.decoder, tokens, torch.from_numpy(positions), seen, streams, steps, most, stops, stop_of, seed=seed,
+                                      temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)  # fmt: skip
+        return drawn, marks[0]
 
     def _seen(self, rows: np.ndarray, positions: np.ndarray, last: int) -> Rows:
         tables = self.tables[:, : last // PAGE + 1].take(rows, 0)
@@ -166,8 +169,8 @@ def speculate(model: Model, draft: Model, prompts: Sequence[Sequence[int]], max_
         if len(rows) > 1:  # those with most guesses first, so that whoever still guesses is at the front
             order = np.argsort(-count, kind="stable")
             rows, count = rows[order], count[order]
-        beliefs, count = _propose(small, texts, rows, count, sampling, seed)
-        kept = _settle(large, texts, rows, count, beliefs, chances, sampling, seed)
+        count = _propose(small, texts, rows, count, sampling, seed)
+        kept = _settle(large, small, texts, rows, count, chances, sampling, seed)
         proposed, accepted, passes = proposed + int(count.sum()), accepted + int(kept.sum()), passes + len(rows)
         texts.extend(rows, kept + 1, stops)
         rows = rows[~texts.finished[rows] & (texts.length[rows] < texts.end[rows])]
@@ -175,42 +178,37 @@ def speculate(model: Model, draft: Model, prompts: Sequence[Sequence[int]], max_
 
 
 def _chances(seed: int, requests: int, steps: int) -> np.ndarray:
-    """(requests, steps): the number below which a guess's p / q has to be for it to go."""
+    """(requests, steps): the number that p / q has to be above for a guess to stay; its log."""
     of, at = torch.arange(requests) * KINDS + ACCEPT, torch.arange(steps)
-    return uniforms(seed, of.repeat_interleave(steps), at.repeat(requests)).view(requests, steps).numpy()
+    return uniforms(seed, of.repeat_interleave(steps), at.repeat(requests)).log().view(requests, steps).numpy()
 
 
-def _propose(small: Sequences, texts: Texts, rows: np.ndarray, count: np.ndarray, sampling: SamplingConfig,
-             seed: int) -> tuple[List[Tensor], np.ndarray]:
-    """Write count[i] tokens, drawn by the small model, behind the end of each of the rows, of which those with more come first. Returns for
-    each step the logits they were drawn from, of the rows that took it (none at temperature 0, where nobody asks for them), and the
+def _propose(small: Sequences, texts: Texts, rows: np.ndarray, count: np.ndarray, sampling: SamplingConfig, seed: int) -> np.ndarray:
+    """Write count[i] tokens, drawn by the small model, behind the end of each of the rows, of which those with more come first. Returns the
     counts, which are smaller where the small model failed."""
-    beliefs, drawn, length = [], [], texts.length[rows]
+    drawn, length, most = [], texts.length[rows], int(count.max(initial=0))
     step = length - texts.start[rows]
-    greedy = sampling.temperature == 0
-    for at in range(int(count.max(initial=0))):
-        own = np.count_nonzero(count > at)
-        if at == 0:  # after a whole success the small model has not run its own last guess either; else that changes nothing
-            tokens = np.minimum(length[:own], 2)
-            owner, positions, ends = spans(rows[:own], length[:own] - tokens, tokens)
+    at_once = small.decoder is not None and not sampling.logit_bias and most > 1 and most == count[-1]
+    for at in range(1 if at_once else most):
+        own = rows if at_once else rows[:np.count_nonzero(count > at)]
+        many, before = len(own), length[: len(own)] + (at - 1)
+        if at:
+            logits = small.logits(drawn[-1][0][:many].contiguous(), own, before)
+        else:  # after a whole success the small model has not run its own last guess either; else that changes nothing
+            owner, positions, ends = spans(own, np.maximum(before - 1, 0), np.minimum(before + 1, 2))
             logits = small.logits(small.on_device(texts.ids[owner, positions]), owner, positions, ends - 1)
-        else:
-            logits = small.logits(drawn[-1][0][:own].contiguous(), rows[:own], length[:own] + (at - 1))
-        _bias(logits, sampling)
-        drawn.append(_draw(logits, seed, rows[:own], DRAFT, step[:own] + at, sampling)[:2])
-        beliefs += [] if greedy else [logits]
-        if greedy and at + 1 < count[-1] == count[0] and small.decoder is not None and not sampling.logit_bias:
-            ran = small.run_greedily(drawn[0][0], rows, length, int(count[0]) - 1)
-            drawn += zip(ran, torch.zeros(ran.shape))
-            count = np.full_like(count, len(drawn))
-            break
+        drawn.append(_draw(_biased(logits, sampling), seed, own, DRAFT, step[:many] + at, sampling)[:2])
+    if at_once:
+        streams, steps = torch.from_numpy(rows * KINDS + DRAFT), torch.from_numpy(step + 1)
+        drawn += zip(*small.run(drawn[0][0], rows, length, streams, steps, most - 1, seed, sampling))
+        count = np.full_like(count, len(drawn))
     for at, (tokens, logprobs) in enumerate(drawn):
         where = rows[: len(tokens)], length[: len(tokens)] + at
         texts.ids[where], texts.guessed[where] = tokens.cpu().numpy(), logprobs.cpu().numpy()
-    return beliefs, count
+    return count
 
 
-def _settle(large: Sequences, texts: Texts, rows: np.ndarray, count: np.ndarray, beliefs: List[Tensor], chances: Optional[np.ndarray],
+def _settle(large: Sequences, small: Sequences, texts: Texts, rows: np.ndarray, count: np.ndarray, chances: Optional[np.ndarray],
             sampling: SamplingConfig, seed: int) -> np.ndarray:
     """How many of each row's guesses stay (R,); behind them a token of the large model's own is written, and the log-probs of all.
 
@@ -218,49 +216,52 @@ def _settle(large: Sequences, texts: Texts, rows: np.ndarray, count: np.ndarray,
     last that does, one of p.
     """
     owner, positions, ends = spans(rows, texts.length[rows] - 1, count + 1)
-    logits = large.logits(large.on_device(texts.ids[owner, positions]), owner, positions)
-    _bias(logits, sampling)
+    logits = _biased(large.logits(large.on_device(texts.ids[owner, positions]), owner, positions), sampling)
     guesses, first = texts.ids[owner, positions + 1], ends - count - 1  # behind each row's guesses there is something else
-    within = np.arange(len(owner)) - first.repeat(count + 1)
+    each = np.arange(len(owner))
+    within = each - first.repeat(count + 1)
     if chances is None:
         best = _draw(logits, seed, owner, FINAL, within, sampling)[0].cpu().numpy()
         fails, logprobs = best != guesses, np.zeros(len(owner), np.float32)
     else:
         p = _distributions(logits, sampling)
-        logprobs = p.gather(1, large.on_device(guesses)[:, None])[:, 0].cpu().numpy()
-        step = positions + 1 - texts.start[owner]
-        with np.errstate(invalid="ignore"):
-            ratio = np.exp(logprobs.astype(np.float64) - texts.guessed[owner, positions + 1])
-        fails = ~(chances[owner, step] < ratio)
+        logprobs, step = _taken(p, each, guesses), positions + 1 - texts.start[owner]
+        fails = ~(chances[owner, step] < logprobs - texts.guessed[owner, positions + 1].astype(np.float64))
     fails[ends - 1] = True
     kept = np.minimum.reduceat(np.where(fails, within, len(owner)), first)
     own = first + kept
     if chances is None:
         new = best[own]
     else:
-        left = _remainder(p[large.on_device(own)], beliefs, count, kept, sampling)
-        drawn = _draw(left, seed, rows, FINAL, step[own])[0]
-        new, logprobs[own] = drawn.cpu().numpy(), p[large.on_device(own), drawn].cpu().numpy()
+        left, refused = p[large.on_device(own)], np.flatnonzero(kept < count)
+        if len(refused):
+            _take_away(small, texts, rows[refused], positions[own[refused]], left, refused, sampling)
+        new = _draw(left, seed, rows, FINAL, step[own])[0].cpu().numpy()
+        logprobs[own] = _taken(p, own, new)
     texts.ids[rows, positions[own] + 1] = new
     texts.logprobs[owner, positions + 1] = logprobs
     return kept
 
 
-def _remainder(p: Tensor, beliefs: List[Tensor], count: np.ndarray, kept: np.ndarray, sampling: SamplingConfig) -> Tensor:
-    """(R, V): log of what each row's own token is drawn from, which is p, where a guess was refused without what the small model had."""
-    refused = np.flatnonzero(kept < count)
-    if len(refused):
-        q = _distributions(torch.stack([beliefs[kept[i]][i] for i in refused]), sampling)
-        at = torch.from_numpy(refused).to(p.device)
-        left = (p[at].double().exp() - q.double().exp()).clamp(min=0)
-        # Where rounding alone has refused a guess, nothing is left, and p is as good.
-        p[at] = torch.where(left.sum(-1, keepdim=True) > 0, left.log().float(), p[at])
-    return p
+def _take_away(small: Sequences, texts: Texts, rows: np.ndarray, positions: np.ndarray, p: Tensor, refused: np.ndarray, sampling: SamplingConfig):
+    """Put log max(0, p − q) into p (R, V), at the rows ``refused``. The small model is run again for q, the tokens at ``positions``: once a pass, while to keep
+    what it drew from would mean to leave the native loop after every guess."""
+    at = small.on_device(refused)
+    logits = small.logits(small.on_device(texts.ids[rows, positions]), rows, positions)
+    q, own = _distributions(_biased(logits, sampling), sampling), p[at]
+    left = (own.double().exp() - q.double().exp()).clamp(min=0)
+    # Where rounding alone has refused a guess, nothing is left, and p is as good.
+    p[at] = torch.where(left.sum(-1, keepdim=True) > 0, left.log().float(), own)
 
 
-def _bias(logits: Tensor, sampling: SamplingConfig) -> None:
+def _taken(p: Tensor, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return p.take(torch.from_numpy(rows * p.shape[1] + columns).to(p.device)).cpu().numpy()
+
+
+def _biased(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     for token, bias in sampling.logit_bias:
         logits[:, token] += bias
+    return logits
 
 
 def _distributions(logits: Tensor, s: SamplingConfig) -> Tensor:
