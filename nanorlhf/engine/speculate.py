@@ -148,8 +148,8 @@ def speculate(model: Model, draft: Model, prompts: Sequence[Sequence[int]], max_
               sampling: SamplingConfig = SamplingConfig(), seed: int = 0, ahead: int = 4) -> Speculation:
     """n continuations of each prompt, distributed as ``generate``'s with the same settings (at temperature 0: the same tokens).
 
-    draft: proposes up to ``ahead`` tokens before ``model`` is run, and none beyond its own context; any model of the same vocabulary. What a request draws depends on
-    (seed, its number, the step) and the models alone. Completions have the log-probs of ``model``, filtered as it was drawn from.
+    draft: proposes up to ``ahead`` tokens before ``model`` is run, and none beyond its own context; any model of the same vocabulary. What
+    a request draws depends on (seed, its number, the step) and the models alone, and on ``ahead``. Completions have the log-probs of ``model``, filtered as it was drawn from.
 
     Errors: ValueError for different vocabularies, a prompt that is empty or leaves no room in either context, a repetition penalty
     (which hangs on tokens that are not settled yet), a biased id that is none, and counts below 1.
@@ -244,8 +244,8 @@ def _settle(large: Sequences, small: Sequences, texts: Texts, rows: np.ndarray, 
 
 
 def _take_away(small: Sequences, texts: Texts, rows: np.ndarray, positions: np.ndarray, p: Tensor, refused: np.ndarray, sampling: SamplingConfig):
-    """Put log max(0, p − q) into p (R, V), at the rows ``refused``. The small model is run again for q, the tokens at ``positions``: once a pass, while to keep
-    what it drew from would mean to leave the native loop after every guess."""
+    """Put log max(0, p − q) into p (R, V), at the rows ``refused``. The small model runs the tokens at ``positions`` again for q: at most
+    once a pass, while to keep what it drew from would be to leave the native loop after every guess."""
     at = small.on_device(refused)
     logits = small.logits(small.on_device(texts.ids[rows, positions]), rows, positions)
     q, own = _distributions(_biased(logits, sampling), sampling), p[at]
