@@ -157,6 +157,17 @@ def test_logits_that_are_no_distribution_are_an_error(sampling, path):
         speculate(large, small, PROMPTS[:1], 20, 20, sampling=sampling)
 
 
+def test_what_a_draft_that_fails_has_not_proposed_is_not_settled():
+    """It cannot run the second token, so it proposes two of three; then one token is left, which nobody proposes."""
+    large, small = model(1, tied=False), model(1, tied=False)
+    plain = generate(large, PROMPTS[:1], 4, sampling=GREEDY)[0].ids
+    assert plain[1] not in (*PROMPTS[0], plain[0])
+    with torch.no_grad():
+        small.model.embed_tokens.weight[plain[1]] = torch.nan
+    found = speculate(large, small, PROMPTS[:1], 4, sampling=GREEDY, ahead=3)
+    assert found.completions[0].ids == plain and (found.proposed, found.accepted, found.passes) == (2, 2, 2)
+
+
 def test_a_request_draws_the_same_alone_and_in_company():
     large, small = model(1), model(5, layers=1)
     together = speculate(large, small, PROMPTS, 8, sampling=SamplingConfig(), seed=5).completions
