@@ -52,6 +52,7 @@ class Sequences:
         self.model, self.device, self.cache = model, model.device, PagedCache(model, count * pages, PAGE)
         self.tables = np.arange(count * pages, dtype=np.int32).reshape(count, pages)
         self.decoder = packed_decoder(model) if decoder is None else decoder
+        self.stops = torch.zeros(1, model.config.vocab_size, dtype=torch.bool)  # none, as ``run`` has to be told
         if self.decoder is None:
             weight = model.head_weight.detach().to(model.compute_dtype)  # as the engine has it
             self.head = weight if ops.backend.is_deterministic() else weight.float()
@@ -81,10 +82,9 @@ class Sequences:
             s: SamplingConfig) -> tuple[Tensor, Tensor]:
         """Run a token (B,) of each row, then what was drawn after it, ``most`` times in all: the tokens drawn and their log-probs under what
         they were drawn from, (K, B) each. K is smaller where logits are no distribution. For a model with a decoder."""
-        stops, stop_of = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool), torch.zeros_like(streams)
         seen = self._seen(rows, positions, int(positions.max()) + most - 1)
-        drawn, marks = self.cache.run(self.decoder, tokens, torch.from_numpy(positions), seen, streams, steps, most, stops, stop_of, seed=seed,
-                                      temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)  # fmt: skip
+        drawn, marks = self.cache.run(self.decoder, tokens, torch.from_numpy(positions), seen, streams, steps, most, self.stops, torch.zeros_like(streams),
+                                      seed=seed, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)  # fmt: skip
         return drawn, marks[0]
 
     def _seen(self, rows: np.ndarray, positions: np.ndarray, last: int) -> Rows:
@@ -122,6 +122,11 @@ class Texts:
         for row, prompt in zip(self.ids, (p for p in prompts for _ in range(n))):
             row[: len(prompt)] = prompt
         self.finished = np.zeros(shape[0], bool)
+
+    def guess(self, rows: np.ndarray, at: int, tokens: Tensor, logprobs: Tensor) -> None:
+        """Write tokens (K, R) behind the ends of the rows, from ``at`` behind them on."""
+        where = rows, self.length[rows] + np.arange(at, at + len(tokens))[:, None]
+        self.ids[where], self.guessed[where] = tokens.cpu().numpy(), logprobs.cpu().numpy()
 
     def extend(self, rows: np.ndarray, count: np.ndarray, stop: np.ndarray) -> None:
         """count[i] of the ids behind the end of each row stay, up to the first that is in ``stop``."""
@@ -200,11 +205,11 @@ def _propose(small: Sequences, texts: Texts, rows: np.ndarray, count: np.ndarray
         drawn.append(_draw(_biased(logits, sampling), seed, own, DRAFT, step[:many] + at, sampling)[:2])
     if at_once:
         streams, steps = torch.from_numpy(rows * KINDS + DRAFT), torch.from_numpy(step + 1)
-        drawn += zip(*small.run(drawn[0][0], rows, length, streams, steps, most - 1, seed, sampling))
-        count = np.full_like(count, len(drawn))
+        more = small.run(drawn[0][0], rows, length, streams, steps, most - 1, seed, sampling)
+        texts.guess(rows, 0, *(torch.cat((x[None], y)) for x, y in zip(drawn[0], more)))
+        return np.full_like(count, 1 + len(more[0]))
     for at, (tokens, logprobs) in enumerate(drawn):
-        where = rows[: len(tokens)], length[: len(tokens)] + at
-        texts.ids[where], texts.guessed[where] = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        texts.guess(rows[: len(tokens)], at, tokens[None], logprobs[None])
     return count
 
 
@@ -233,7 +238,7 @@ def _settle(large: Sequences, small: Sequences, texts: Texts, rows: np.ndarray, 
     if chances is None:
         new = best[own]
     else:
-        left, refused = p[large.on_device(own)], np.flatnonzero(kept < count)
+        left, refused = p.index_select(0, large.on_device(own)), np.flatnonzero(kept < count)
         if len(refused):
             _take_away(small, texts, rows[refused], positions[own[refused]], left, refused, sampling)
         new = _draw(left, seed, rows, FINAL, step[own])[0].cpu().numpy()
