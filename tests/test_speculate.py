@@ -1,5 +1,6 @@
 """engine/speculate.py: whatever the small model proposes, the large one's distribution comes out."""
 
+import importlib
 import itertools
 from dataclasses import replace
 from statistics import NormalDist
@@ -15,8 +16,21 @@ from tiny import model, random_sequences
 
 VOCAB = 5
 GREEDY = SamplingConfig(temperature=0)
+MODULE = importlib.import_module("nanorlhf.engine.speculate")  # nanorlhf.engine.speculate is the function
 PROMPTS = random_sequences(7, 11, seed=4, shortest=1)
 SMALL_PROMPT = [1, 3, 0]
+
+
+@pytest.fixture(params=["native", "by layer"])
+def path(request, monkeypatch):
+    """Both ways through the models."""
+    if request.param == "by layer":
+        layer_by_layer(monkeypatch)
+    return request.param
+
+
+def layer_by_layer(monkeypatch):
+    monkeypatch.setattr(MODULE, "packed_decoder", lambda model: None)
 
 
 def tiny_pair():
@@ -68,7 +82,7 @@ def sorted_probabilities(logits, sampling):
     SamplingConfig(1.4, top_k=4, top_p=0.9, min_p=0.05, logit_bias=((2, 0.7),))],
     ids=["plain", "temperature", "top_k", "top_p", "min_p", "all"])
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_three_tokens_are_distributed_as_the_large_models(sampling, ahead):
+def test_three_tokens_are_distributed_as_the_large_models(sampling, ahead, path):
     """Chi-square of the joint frequencies of three tokens against the enumerated distribution; cells expected less than 5 times go
     together. What cannot be drawn never is."""
     large, small = tiny_pair()
@@ -88,7 +102,7 @@ def test_three_tokens_are_distributed_as_the_large_models(sampling, ahead):
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 4, 9])
-def test_greedy_tokens_are_those_of_plain_decoding(ahead):
+def test_greedy_tokens_are_those_of_plain_decoding(ahead, path):
     large, small = model(1), model(5, layers=1)
     plain = generate(large, PROMPTS, 12, 2, stop=(3,), sampling=GREEDY)
     found = speculate(large, small, PROMPTS, 12, 2, (3,), GREEDY, ahead=ahead)
@@ -109,6 +123,51 @@ def test_the_logprobs_are_the_large_models():
         torch.testing.assert_close(torch.tensor(c.logprobs), expected[len(prompt) - 1:], atol=3e-5, rtol=0)
 
 
+@pytest.mark.parametrize("sampling", [
+    GREEDY, SamplingConfig(), SamplingConfig(0.7, top_k=9, top_p=0.9, min_p=0.02), SamplingConfig(logit_bias=((2, 0.7),))],
+    ids=["greedy", "plain", "filtered", "biased"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_step_and_the_layers_say_the_same(sampling, dtype, monkeypatch):
+    """The same tokens in fp32, where no number is as close to a border as rounding; log-probs to rounding as far as the tokens are the same."""
+    large, small = model(1), model(5, layers=1)
+    large.compute_dtype = small.compute_dtype = dtype
+    assert MODULE.packed_decoder(large) is not None and MODULE.packed_decoder(small) is not None
+    native = speculate(large, small, PROMPTS, 12, 3, sampling=sampling, seed=7, ahead=3)
+    layer_by_layer(monkeypatch)
+    layers = speculate(large, small, PROMPTS, 12, 3, sampling=sampling, seed=7, ahead=3)
+    same = 0
+    for a, b in zip(native.completions, layers.completions):
+        length = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y), len(a.ids))
+        same += length == len(a.ids)
+        close = 2e-5 if dtype == torch.float32 else 0.15
+        torch.testing.assert_close(torch.tensor(a.logprobs[:length]), torch.tensor(b.logprobs[:length]), atol=close, rtol=0)
+    assert same == len(native.completions) if dtype == torch.float32 else same > len(native.completions) / 2
+    if dtype == torch.float32:
+        assert (native.proposed, native.accepted, native.passes) == (layers.proposed, layers.accepted, layers.passes)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig()], ids=["greedy", "sampled"])
+def test_logits_that_are_no_distribution_are_an_error(sampling, path):
+    """Wherever between two proposals they come up: here after a token that the draft cannot run."""
+    large, small = model(1, tied=False), model(1, tied=False)
+    likely = generate(large, PROMPTS[:1], 12, sampling=GREEDY)[0].ids[4]
+    with torch.no_grad():
+        small.model.embed_tokens.weight[likely] = torch.nan
+    with pytest.raises(ValueError, match="sample: expected logits|no distribution"):
+        speculate(large, small, PROMPTS[:1], 20, 20, sampling=sampling)
+
+
+def test_what_a_draft_that_fails_has_not_proposed_is_not_settled():
+    """It cannot run the second token, so it proposes two of three; then one token is left, which nobody proposes."""
+    large, small = model(1, tied=False), model(1, tied=False)
+    plain = generate(large, PROMPTS[:1], 4, sampling=GREEDY)[0].ids
+    assert plain[1] not in (*PROMPTS[0], plain[0])
+    with torch.no_grad():
+        small.model.embed_tokens.weight[plain[1]] = torch.nan
+    found = speculate(large, small, PROMPTS[:1], 4, sampling=GREEDY, ahead=3)
+    assert found.completions[0].ids == plain and (found.proposed, found.accepted, found.passes) == (2, 2, 2)
+
+
 def test_a_request_draws_the_same_alone_and_in_company():
     large, small = model(1), model(5, layers=1)
     together = speculate(large, small, PROMPTS, 8, sampling=SamplingConfig(), seed=5).completions
@@ -127,7 +186,7 @@ def test_a_stop_token_and_the_end_of_the_context_end_a_continuation():
 
 
 @pytest.mark.parametrize("context", [12, 13, 17])
-def test_where_the_drafts_context_ends_the_large_model_goes_on_alone(context):
+def test_where_the_drafts_context_ends_the_large_model_goes_on_alone(context, path):
     """Prompts of up to 11 tokens, and 20 more."""
     large, small = model(1), model(5, layers=1, context=context)
     plain = generate(large, PROMPTS, 20, 2, sampling=GREEDY)
