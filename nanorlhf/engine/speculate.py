@@ -83,7 +83,7 @@ class Sequences:
         """Run a token (B,) of each row, then what was drawn after it, ``most`` times in all: the tokens drawn and their log-probs under what
         they were drawn from, (K, B) each. K is smaller where logits are no distribution. For a model with a decoder."""
         seen = self._seen(rows, positions, int(positions.max()) + most - 1)
-        drawn, marks = self.cache.run(self.decoder, tokens, torch.from_numpy(positions), seen, streams, steps, most, self.stops, torch.zeros_like(streams),
+        drawn, marks, _ = self.cache.run(self.decoder, tokens, torch.from_numpy(positions), seen, streams, steps, most, self.stops, torch.zeros_like(streams),
                                       seed=seed, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)  # fmt: skip
         return drawn, marks[0]
 
