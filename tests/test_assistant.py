@@ -40,7 +40,7 @@ def scripted(monkeypatch, *texts):
 
     monkeypatch.setattr(room, "generate", listening)
     monkeypatch.setattr(ops, "sample", drawn)
-    monkeypatch.setattr("nanorlhf.engine.engine.packed_decoder", lambda model: None)  # where it runs natively, it draws there
+    monkeypatch.setattr("nanorlhf.engine.steps.packed_decoder", lambda model: None)  # where it runs natively, it draws there
     return asked
 
 

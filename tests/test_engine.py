@@ -166,7 +166,7 @@ def test_an_update_of_the_weights_is_seen_by_the_next_step_and_empties_the_tree(
         assert ids[4:] == fresh.run([Request(prompt + ids[:4], 4, GREEDY)])[0].ids
     after = engine.run(requests)
     assert [c.ids for c in after] != [c.ids for c in before] and [c.ids for c in after] == [c.ids for c in fresh.run(requests)]
-    assert all(w.data_ptr() == p.data_ptr() for w, p in zip(engine._weights(), net.parameters())) and empty(engine)
+    assert all(w.data_ptr() == p.data_ptr() for w, p in zip(engine.steps.weights(), net.parameters())) and empty(engine)
 
 
 @torch.no_grad()
@@ -303,7 +303,7 @@ def test_weights_that_are_put_in_place_of_others_are_seen():
     was = backend.force("reference")
     try:
         check()
-        assert engine._decoder is None
+        assert not engine.steps.native
     finally:
         backend.force(was)
 
@@ -335,7 +335,7 @@ def test_tokens_that_a_window_lost_lead_to_no_page(monkeypatch):
     first, second = (engine.run([Request(prompt, 12, stream=i)])[0].ids for i in (1, 2))
     engine.tree.clear()
     engine.run([Request(prompt, 12, stream=1)])
-    draw, calls = engine._draw, []
+    draw, calls = engine.steps.draw, []
 
     def failing(*args):
         tokens, *more = draw(*args)
@@ -343,7 +343,7 @@ def test_tokens_that_a_window_lost_lead_to_no_page(monkeypatch):
         return tokens if len(calls) < 9 else torch.full_like(tokens, -1), *more
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_draw", failing)
+        patch.setattr(engine.steps, "draw", failing)
         with pytest.raises(ValueError, match="no distribution"):
             engine.run([Request(prompt, 12, stream=2, entropy=True)])
     asked = [Request(prompt + second[:5] + first[5:8] + [3], 5, GREEDY)]

@@ -59,22 +59,22 @@ class Taping:
 @pytest.fixture(autouse=True)
 def rows_by_themselves(monkeypatch):
     """Products and a GELU whose rows do not depend on how many there are, as torch's do, and a sampler that a tape can see."""
-    linear, sample, engine = (sys.modules[f"nanorlhf.{name}"] for name in ("ops.linear", "ops.sample", "engine.engine"))
+    linear, sample, steps = (sys.modules[f"nanorlhf.{name}"] for name in ("ops.linear", "ops.sample", "engine.steps"))
 
     def product(x, rows, biases, sizes):
         return torch.split_with_sizes(ops.matmul(x, rows, torch.cat(list(biases)) if biases else None), sizes, -1)
 
     monkeypatch.setattr(linear, "_product", product)
-    monkeypatch.setattr(engine, "logits_of", lambda hidden, head: ops.matmul(hidden.float(), head.float()))
+    monkeypatch.setattr(steps, "logits_of", lambda hidden, head: ops.matmul(hidden.float(), head.float()))
     monkeypatch.setattr(sys.modules["nanorlhf.model"], "gelu", lambda x: ops.swiglu(x * 1.702, 1 / torch.full_like(x, 1.702)))
     monkeypatch.setattr(sample, "_sample", sample._sample_op)
-    monkeypatch.setattr(engine, "packed_decoder", lambda model: None)
+    monkeypatch.setattr(steps, "packed_decoder", lambda model: None)
 
 
 def engine_of(net, capture, **options):
     made = Engine(net, graphs=capture, **options)
     if capture:
-        made._graphs.patience = 0
+        made.steps._graphs.patience = 0
     return made
 
 
@@ -92,7 +92,7 @@ def told(completions):
 
 def pages_of(engine):
     """Keys and values, but those of pads."""
-    return torch.stack((engine.cache.k_pages, engine.cache.v_pages))[:, :, :-1]
+    return torch.stack((engine.steps.cache.k_pages, engine.steps.cache.v_pages))[:, :, :-1]
 
 
 OPTIONS = [{}, {"slots": 3, "page_size": 2}, {"slots": 5, "pool_tokens": 60, "page_size": 4}, {"slots": 13, "page_size": 3, "keep": False}]
@@ -112,7 +112,7 @@ def test_the_whole_engine_draws_the_same_bits(changes, dtype):
             engines.append((made, told(made.run(requests(17))), pages_of(made)))
         (_, eager, pages), (made, drawn, graphs_pages) = engines
         assert drawn == eager and torch.equal(pages, graphs_pages), options
-        assert made._graphs._capture.count and empty(made)
+        assert made.steps._graphs._capture.count and empty(made)
 
 
 def test_prefixes_are_read_through_a_graph(monkeypatch):
@@ -275,15 +275,15 @@ def test_an_error_within_a_window_loses_nothing_that_was_drawn():
 def test_a_shape_is_captured_once_it_has_come_often_and_the_latest_are_kept(monkeypatch):
     net, capture = model(), Taping()
     made = engine_of(net, capture)
-    made._graphs.patience = 20
+    made.steps._graphs.patience = 20
     for expected in (0, 0, 1, 1):  # 10 steps a time: 20, at most, and then more
         made.run([Request([3], 11)])
         assert capture.count == expected
-    made._graphs.patience = 0
+    made.steps._graphs.patience = 0
     monkeypatch.setattr(graph, "MOST_GRAPHS", 2)
     for n in (1, 2, 4, 8, 1, 1):
         made.run([Request([3], 11, stream=i) for i in range(n)])
-    assert capture.count == 5 and len(made._graphs._graphs) == 2  # that of one row was the oldest
+    assert capture.count == 5 and len(made.steps._graphs._graphs) == 2  # that of one row was the oldest
 
 
 def test_pads_stay_where_they_are_and_rows_move_on():
@@ -291,7 +291,7 @@ def test_pads_stay_where_they_are_and_rows_move_on():
     made = engine_of(model(), Taping())
     handles = [made.submit(Request(prompt, 9, stream=i)) for i, prompt in enumerate([[3, 4, 5], [6, 7], [8, 9]])]
     assert not made.step()
-    (found,) = made._graphs._graphs.values()
+    (found,) = made.steps._graphs._graphs.values()
     position, length, step, live = found.state.tolist()
     assert (position, length, step, live) == ([10, 9, 9, 0], [11, 10, 10, 1], [8, 8, 8, 0], [1, 1, 1, 0])
     assert found.table[3].unique().tolist() == [made.pool.count] and found.at.item() == 8
@@ -303,7 +303,7 @@ def test_of_a_larger_batch_nothing_is_left_in_the_pads():
     made = engine_of(model(), Taping(), page_size=4)
     for count, starts in ((8, 3), (5, 2)):
         made.run([Request([3 + i % starts] * 9 + [i], 9, MIXED[i % 5], seed=i + 1, stream=i + 1) for i in range(count)])
-    (found,) = made._graphs._graphs.values()
+    (found,) = made.steps._graphs._graphs.values()
     _, lengths, owner = (x.tolist() for x in found.prefix)
     assert owner == [0, 1, 0, 1, 0, -1, -1, -1] and lengths == [8, 8, 0, 0]
     settings = {name: x.tolist() for name, x in found.settings.items()}
@@ -314,7 +314,7 @@ def test_of_a_larger_batch_nothing_is_left_in_the_pads():
 
 
 def test_a_machine_without_a_gpu_has_no_graphs():
-    assert Engine(model())._graphs is None and Engine(model(), graphs=False)._graphs is None
+    assert Engine(model()).steps._graphs is None and Engine(model(), graphs=False).steps._graphs is None
 
 
 def test_casts_are_made_again_where_they_are():
@@ -345,5 +345,5 @@ def test_a_captured_step_on_a_gpu_is_what_it_captured(dtype, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a capture that fails
             drawn.append([told(made.run(requests(17))) for _ in range(2)])
-        assert made._graphs._graphs and empty(made)
+        assert made.steps._graphs._graphs and empty(made)
     assert drawn[0] == drawn[1]

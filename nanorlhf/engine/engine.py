@@ -11,19 +11,16 @@ from typing import Deque, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .. import ops
 from ..model import Model
 from ..tokenizer import Tokenizer
 from . import batch as columns
 from .batch import Batch
-from .cache import PagedCache, Rows, packed_decoder
-from .draw import draw, logits_of
-from .graph import Capture, CudaCapture, DecodeGraph, DecodeGraphs
+from .graph import Capture
 from .pages import PagePool, PrefixTree
-from .prefill import Plan, Prefill, plan_next
+from .prefill import Plan, plan_next
 from .request import Completion, Handle, Request
+from .steps import Look, Steps
 from .stops import TextStream
 
 WINDOW = 16  # steps between looks at what was drawn, where no request has to be looked at sooner
@@ -45,8 +42,6 @@ class Engine:
         """pool_tokens: 8 contexts, as far as POOL_BYTES go, unless given. keep: whether prompts and continuations stay for later requests
         to go on from. graphs: whether steps on a GPU are captured as CUDA graphs, of plain sampling alone; or what captures them."""
         self.model, self.tokenizer, self.keep = model, tokenizer, keep
-        capture = CudaCapture(model.device) if graphs is True and model.device.type == "cuda" else graphs
-        self._graphs = None if isinstance(capture, bool) else DecodeGraphs(capture)
         c = model.config
         if pool_tokens is None:
             pool_tokens = min(8 * c.context, POOL_BYTES // (2 * c.layers * c.kv_heads * c.head_size * model.compute_dtype.itemsize))
@@ -54,13 +49,11 @@ class Engine:
         if slots < 1 or pages < 1 or page_size < 1:
             raise ValueError(f"engine: slots, pool_tokens and page_size must be at least 1, got {slots}, {pool_tokens} and {page_size}")
         self.pool = PagePool(pages, page_size)
+        self.steps = Steps(model, pages + 1, page_size, graphs)  # one page more than anybody can hold: that of a graph's pads
         self.tree = PrefixTree(self.pool)
         self.waiting: Deque[Handle] = deque()
         self.batch = self._new_batch(slots)
         self.window = WINDOW
-        self._places = [(m._parameters, name) for m in model.modules() for name, w in m._parameters.items() if w is not None]
-        self._casts: dict = {}
-        self._known: Optional[tuple] = None
         self._crowded = False  # the pool was too small for all: nobody joins until somebody leaves
         self._stepping, self._cancelled = False, []  # what callbacks cancel leaves after all rows were looked at
         self._called = False  # whether a callback, which may change the weights, was called since they were looked at
@@ -72,11 +65,7 @@ class Engine:
     @property
     def version(self) -> int:
         """How often the weights have been changed, as far as torch counts: the sum of their version counters."""
-        return sum([w._version for w in self._weights()])
-
-    def _weights(self) -> List[Tensor]:
-        """As they are now: a module may have been given another tensor."""
-        return [held[name] for held, name in self._places]
+        return self.steps.version
 
     def submit(self, request: Request) -> Handle:
         """Errors: ValueError for a prompt that is empty or leaves no room in the context, ids that the model does not have, a request
@@ -156,7 +145,7 @@ class Engine:
     def _step(self) -> None:
         self._stepping = True
         try:
-            with ops.weights_held(self._casts):
+            with self.steps.weights_held():
                 self._admit()
                 self._decode()
         finally:
@@ -165,39 +154,15 @@ class Engine:
     def _refresh(self) -> None:
         """Forget what was computed under other weights."""
         self._called = False
-        addresses = tuple([(w.data_ptr(), w.dtype) for w in self._weights()])
-        known = self.version, self.model.compute_dtype, addresses, (ops.backend.is_deterministic(), ops.backend.forced())
-        if known == self._known:
+        change = self.steps.refresh()
+        if change is None:
             return
         for row in range(self.batch.size)[::-1]:
             self._put_off(row)
         self.tree.clear()
-        if self._known is None or known[1:3] != self._known[1:3]:
-            # One page more than anybody can hold: that of a graph's pads.
-            self.cache, self.batch = PagedCache(self.model, self.pool.count + 1, self.pool.size), self._new_batch(self.batch.slots)
-        moved = self._known is None or known[1:] != self._known[1:]
-        if moved:
-            self._decoder, self._head = packed_decoder(self.model), None
-            self._casts.clear()
-            if self._graphs is not None:
-                self._graphs.clear()
-        elif self._decoder is not None:
-            self._decoder.pack()
-        self._known, self._crowded = known, False
-        if self._decoder is None:
-            self._cast()
-
-    @torch.no_grad()
-    def _cast(self) -> None:
-        """Copies of weights in other types follow them, where they are: a graph has their addresses."""
-        ops.recast(self._casts)
-        weight, kept = self.model.head_weight.detach(), self._head
-        head = weight.to(self.model.compute_dtype)
-        head = head if ops.backend.is_deterministic() else head.float()
-        if kept is None:
-            self._head = head
-        elif head.data_ptr() != weight.data_ptr():
-            kept.copy_(head)
+        self._crowded = False
+        if change == "moved":
+            self.batch = self._new_batch(self.batch.slots)
 
     def _take(self, count: int) -> Optional[np.ndarray]:
         if count > self.pool.free:
@@ -212,16 +177,16 @@ class Engine:
                 return
             low = self.batch.size
             try:
-                logits, hidden = self._prefill(plans)
+                logits, hidden = self.steps.prefill(plans, self.pool.size)
                 for plan in plans:
                     for handle, pages in zip(plan.handles, plan.tables):
                         self.batch.join(handle, pages, len(plan.context))
                 self.batch.compose()
-                tokens, marks, top = self._draw(logits, hidden, low)
+                tokens, marks, top = self.steps.draw(logits, hidden, self.batch, low)
             except BaseException:
                 self._undo(plans, low)
                 raise
-            self._harvest(low, tokens.cpu().numpy()[None], marks.cpu().numpy()[:, None], top)
+            self._harvest(Look(tokens.cpu().numpy()[None], marks.cpu().numpy()[:, None], top), low)
             if self._called:
                 self._refresh()
 
@@ -233,88 +198,12 @@ class Engine:
             self.pool.release(pages)
             self.waiting.appendleft(handle)
 
-    def _prefill(self, plans: List[Plan]) -> Tuple[Tensor, Optional[Tensor]]:
-        """Run the plans' prompts: what _forward returns, of the last token for each of their requests."""
-        p = Prefill(plans, self.pool.size, self.batch.on_device)
-        found = self._forward(p.tokens, p.positions, p.slots, p.rows, p.cu_seqlens, p.last)
-        if len(p.copies[0]):
-            self.cache.copy(*p.copies)
-        return found
-
-    def _draw(self, logits: Tensor, hidden: Optional[Tensor], low: int):
-        batch = self.batch
-        tokens, marks, top = draw(self.model, logits, hidden, batch, low)
-        batch.token[low:batch.size] = tokens
-        return tokens, marks, top
-
-    def _forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Optional[Rows], cu_seqlens: Optional[Tensor] = None,
-                 last: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
-        """PagedCache.forward for all tokens, or for ``last`` (R,): logits (R, V), and the hidden states (R, C) where they are at hand."""
-        if self._decoder is not None:
-            return self.cache.logits(self._decoder, tokens, positions, slots, rows, cu_seqlens, last), None
-        hidden = self.cache.forward(self.model, tokens, positions, slots, cu_seqlens, rows)
-        hidden = hidden if last is None else hidden[last]
-        return logits_of(hidden, self._head), hidden
-
     def _decode(self) -> None:
         batch = self.batch
-        count = self._grow(batch.ahead(self.window, self._decoder is not None)) if batch.size else 0
-        if not count:
-            return
-        batch.compose()
-        if self._decoder is not None and not batch.flags & columns.STEPWISE:
-            return self._harvest(0, *self._run(count))
-        if self._graphs is not None and not (batch.flags & (columns.STEPWISE | columns.CONSTRAINED) or ops.backend.is_deterministic()):
-            graph = self._graphs.find(self.model, self._forward, batch, count, self.window)
-            if graph is not None:
-                return self._replay(graph, count)
-        drawn: list = []
-        try:
-            for _ in range(count):
-                drawn.append(self._draw_next())
-        finally:  # of what was drawn before an error nothing is lost
-            if drawn:
-                tokens, marks, tops = zip(*drawn)
-                self._harvest(0, torch.stack(tokens).cpu().numpy(), torch.stack(marks, 1).cpu().numpy(), tops[0])
-
-    def _run(self, count: int) -> Tuple[np.ndarray, np.ndarray, None, List[int]]:
-        """Up to so many tokens of every row natively: what _harvest takes."""
-        batch, (sampler, streams) = self.batch, self.batch.sampler_from(0)
-        (positions, rows), ints = batch.next(), batch.ints[:, :batch.size]
-        drawn, marks, nodes = self.cache.run(
-            self._decoder, batch.token[:batch.size], positions, rows, streams, batch.on_device(ints[columns.STEP] + 1), count,
-            batch.on_device(batch.stop_bits), batch.on_device(ints[columns.STOPS].copy()), seed=sampler.seed,
-            constraints=batch.cursors(), **sampler.settings)  # fmt: skip
-        batch.token[:batch.size] = drawn[-1]
-        batch.advance(len(drawn))
-        return drawn.numpy(), marks.numpy(), None, nodes
-
-    def _replay(self, graph: DecodeGraph, count: int) -> None:
-        """So many steps by a graph, and a look at what they drew."""
-        batch, done = self.batch, 0
-        graph.load(batch)
-        try:
-            for done in range(1, count + 1):
-                graph.replay()
-        except BaseException:  # the last step never was
-            done -= 1
-            raise
-        finally:
-            if done:
-                batch.advance(done)
-                batch.token[:batch.size] = graph.token[:batch.size]
-                self._harvest(0, *graph.drawn(batch.size, done), None)
-
-    def _draw_next(self) -> Tuple[Tensor, Tensor, Optional[tuple]]:
-        """Every row's next token, as _draw has it."""
-        batch = self.batch
-        (positions, rows), slots = batch.next(), batch.next_slots()
-        batch.advance(1)
-        try:
-            return self._draw(*self._forward(batch.token[:batch.size], positions, slots, rows), 0)
-        except BaseException:  # the step never was
-            batch.advance(-1)
-            raise
+        count = self._grow(batch.ahead(self.window, self.steps.native)) if batch.size else 0
+        if count:
+            batch.compose()
+            self.steps.decode(batch, count, self.window, self._harvest)
 
     def _grow(self, count: int) -> int:
         """Pages for so many tokens more of every row or, where the pool has not as many, for one; while it has not even these, the
@@ -350,9 +239,9 @@ class Engine:
             pages = np.concatenate((np.asarray(own, np.int32), pages[len(own):]))
         self.pool.release(pages)
 
-    def _harvest(self, low: int, tokens: np.ndarray, marks: np.ndarray, top: Optional[tuple], nodes: Sequence[int] = ()) -> None:
-        """Look at what was drawn for the rows from ``low`` on, in K steps: tokens (K, R), marks (M, K, R), and the first step's top. nodes:
-        where their constraints have come to, if these went along."""
+    def _harvest(self, look: Look, low: int = 0) -> None:
+        """Look at what was drawn for the rows from ``low`` on."""
+        tokens, marks, top, nodes = look
         batch = self.batch
         ints = batch.ints[:, low:batch.size]
         steps = ints[columns.STEP] + np.arange(1 - len(tokens), 1)[:, None]  # (K, R)

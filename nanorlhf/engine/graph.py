@@ -32,7 +32,7 @@ WARM_UPS = 3  # runs before a capture, as torch advises: libraries and kernels s
 FEW_PAGES = 16  # tables are at least this wide
 LIVE = 3  # the row of DecodeGraph.state after POSITION, LENGTH and STEP: what a step adds to each
 
-# forward(tokens, positions, slots, rows) -> (logits (B, V), what else the model found), as Engine._forward
+# forward(tokens, positions, slots, rows) -> (logits (B, V), what else the model found), as Steps._forward
 Forward = Callable[[Tensor, Tensor, Tensor, Rows], Tuple[Tensor, Optional[Tensor]]]
 
 
