@@ -108,7 +108,7 @@ def test_the_whole_engine_draws_the_same_bits(changes, dtype):
         for capture in (False, Taping()):
             made = engine_of(net, capture, **options)
             made._refresh()
-            made.cache.k_pages.zero_(), made.cache.v_pages.zero_()
+            made.steps.cache.k_pages.zero_(), made.steps.cache.v_pages.zero_()
             engines.append((made, told(made.run(requests(17))), pages_of(made)))
         (_, eager, pages), (made, drawn, graphs_pages) = engines
         assert drawn == eager and torch.equal(pages, graphs_pages), options

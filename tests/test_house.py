@@ -31,7 +31,7 @@ PER_ISA = re.compile(r"_(portable|sse\w*|avx\w*|amx\w*|neon|sve\w*|sm\d+\w*)$")
 
 FILE_CAP, FUNCTION_CAP = 500, 90
 # Every op has its contract, reference and gradient in Python, its kernels for five instruction sets in C++, and for GPUs in CUDA.
-PYTHON_BUDGET, NATIVE_BUDGET, CUDA_BUDGET = 15100, 9700, 7000
+PYTHON_BUDGET, NATIVE_BUDGET, CUDA_BUDGET = 15200, 9700, 7000
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 
 # Written in pieces so that this file does not match itself.
