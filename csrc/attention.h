@@ -73,7 +73,7 @@ struct DecodeProblem {
 };
 
 // Keys and values in pages of `size` tokens, a pool of `count` of them: sequence b's are row b of `own`, (batch, own_width). Prefixes
-// lie in the same pool: their pages, (prefixes, prefix_width), and lengths; an owner of -1 is none. own = nullptr: none of this.
+// lie in the same pool: their pages, (prefixes, prefix_width), and lengths; an owner of -1 is none. size = 0: none of this.
 struct DecodePages {
     const int32_t *own, *prefix, *prefix_lengths;
     int64_t own_width, prefix_width, size, count;

@@ -34,18 +34,18 @@ struct Views {
         }
     }
     void add_prefix(const DecodeProblem& p, const DecodePages& pages, int64_t prefix, int64_t begin, int64_t end) {
-        if (pages.own) return add(p, pages, pages.prefix + prefix * pages.prefix_width, begin, end);
+        if (pages.size) return add(p, pages, pages.prefix + prefix * pages.prefix_width, begin, end);
         const int64_t first = p.prefix_bounds[prefix] + begin;
         add(first * p.prefix_k.token_stride, first * p.prefix_v.token_stride, end - begin);
     }
     void add_own(const DecodeProblem& p, const DecodePages& pages, int64_t b) {
-        if (pages.own) add(p, pages, pages.own + b * pages.own_width, 0, p.lengths[b]);
+        if (pages.size) add(p, pages, pages.own + b * pages.own_width, 0, p.lengths[b]);
         else add(b * p.k_batch, b * p.v_batch, p.lengths[b]);
     }
 };
 
 int64_t prefix_length(const DecodeProblem& p, const DecodePages& pages, int64_t prefix) {
-    return pages.own ? pages.prefix_lengths[prefix] : p.prefix_bounds[prefix + 1] - p.prefix_bounds[prefix];
+    return pages.size ? pages.prefix_lengths[prefix] : p.prefix_bounds[prefix + 1] - p.prefix_bounds[prefix];
 }
 
 // The heads that share keys are the queries of one tile; a query's place in its tile changes nothing.
@@ -119,7 +119,7 @@ void DecodePlan::plan_prefixes(const DecodePages& pages, const std::vector<Prefi
     DecodeProblem& p = problem;
     const int64_t width = padded(p.head_dim);
     const Rows q{packed_->slice(0), p.kv_heads * p.head_dim, p.head_dim};
-    if (pages.own) {
+    if (pages.size) {
         p.prefix_k = {const_cast<void*>(p.k), p.k_token, p.k_head}, p.prefix_v = {const_cast<void*>(p.v), p.v_token, p.v_head};
     }
     for (const PrefixParts& prefix : of)

@@ -472,10 +472,10 @@ void attention_decode(const DecodeProblem& given, int64_t capacity, int64_t pref
     const int width = p.dim <= 64 ? 64 : p.dim <= 128 ? 128 : 256;
     if (p.prefixes) p.chunk_count = static_cast<int>(most_chunks(p.batch, p.group, p.prefixes, rows_of_block(!given.dtype, width)));
     p.scale = given.scale * LOG2E, p.q = given.q, p.out = given.out, p.lengths = given.lengths;
-    p.owner = given.owner, p.bounds = given.prefix_bounds, p.prefix_lengths = pages.prefix_lengths, p.optional = pages.own;
+    p.owner = given.owner, p.bounds = given.prefix_bounds, p.prefix_lengths = pages.prefix_lengths, p.optional = pages.size;
     p.own = {given.k, given.v, given.k_batch, given.k_token, given.k_head, given.v_batch, given.v_token, given.v_head,
              pages.own, pages.own_width, static_cast<int>(pages.size), static_cast<int>(pages.count), false};
-    if (pages.own) {
+    if (pages.size) {
         p.prefix = p.own, p.prefix.pages = pages.prefix, p.prefix.width = pages.prefix_width;
     } else {
         const Rows &k = given.prefix_k, &v = given.prefix_v;

@@ -160,9 +160,13 @@ std::tuple<int64_t, std::vector<int32_t>> decode_tokens(const Decoder& decoder, 
     DecodeRun run{};
     std::tie(run.masks, run.nodes) = constraints;
     if (run.masks.empty()) free.emplace();
-    for (const token_mask::Masks* masks : run.masks)
+    for (size_t b = 0; b < run.masks.size(); ++b) {
+        const token_mask::Masks* masks = run.masks[b];
         if (masks && masks->words() != static_cast<size_t>(std::get<3>(std::get<0>(decoder)) + 31) / 32)
             throw std::invalid_argument("decode_run: expected constraints over the decoder's vocabulary");
+        if (masks && !masks->has(run.nodes[b]))
+            throw std::invalid_argument("decode_run: expected nodes that the constraints have given out, got " + std::to_string(run.nodes[b]));
+    }
     run.first = step_of(decoder, row_count, tokens, positions, pool, tables), run.most = most;
     run.stops = at<const uint8_t>(stops), run.stop_of = at<const int64_t>(stop_of);
     run.draws = sample_problem(row_count, run.first.vocabulary, requests, steps, seed, temperature, top_k, top_p, min_p, own, drawn);

@@ -117,6 +117,7 @@ void bind_token_mask(py::module_& m) {
         .def(
             "mask",
             [](Masks& masks, int32_t node) -> py::object {
+                if (!masks.has(node)) throw py::value_error("Masks: expected a node that the automaton has given out, got " + std::to_string(node));
                 const uint32_t* row = masks.row(node);
                 if (!row) return py::none();
                 py::array_t<int32_t> out(static_cast<py::ssize_t>(masks.words()));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <stdexcept>
 
 namespace token_mask {
 
@@ -113,7 +114,10 @@ void Vocabulary::walk(const Tree& tree, automaton::Automaton& automaton, int32_t
 Masks::Masks(const Vocabulary& vocabulary, automaton::Automaton& automaton, const std::vector<int32_t>& ends, size_t bytes)
     : vocabulary_(vocabulary), automaton_(automaton), end_bits_(vocabulary.words(), 0),
       most_(std::max<size_t>(1, bytes / (4 * std::max<size_t>(1, vocabulary.words())))) {
-    for (int32_t j : ends) end_bits_.at(j / 32) |= 1u << j % 32;
+    for (int32_t j : ends) {
+        if (j < 0 || j >= vocabulary.size()) throw std::out_of_range("Masks: expected end tokens of the vocabulary, got " + std::to_string(j));
+        end_bits_[j / 32] |= 1u << j % 32;
+    }
 }
 
 const uint32_t* Masks::row(int32_t node) {

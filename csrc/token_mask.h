@@ -53,11 +53,12 @@ private:
 // alone are allowed. Not thread-safe, as the automaton is not.
 class Masks {
 public:
-    // bytes: of masks that are kept; beyond that the oldest go.
+    // bytes: of masks that are kept; beyond that the oldest go. std::out_of_range for ends that the vocabulary does not have.
     Masks(const Vocabulary& vocabulary, automaton::Automaton& automaton, const std::vector<int32_t>& ends, size_t bytes);
 
     size_t words() const { return end_bits_.size(); }
     size_t count() const { return rows_.size(); }
+    bool has(int32_t node) const { return node < static_cast<int32_t>(automaton_.size()); }  // below 0 is after an end token
     bool known(int32_t node) const { return rows_.count(node); }
     // As of Vocabulary::mask, or null where nothing may come. Good until the next call.
     const uint32_t* row(int32_t node);

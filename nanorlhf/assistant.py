@@ -38,8 +38,8 @@ class Assistant:
         """n continuations of a document that begins with ``prompt``, each up to the first of the texts ``stop`` (not included).
         constraint: what they have to keep to. best_of: how many to draw, of which the ranker's n first are returned; n unless given.
         Errors: ValueError for best_of below n, and what the engine refuses."""
-        if best_of and best_of < n:
-            raise ValueError(f"complete: best_of must be at least n, got {best_of} and {n}")
+        if best_of and not 1 <= n <= best_of:
+            raise ValueError(f"complete: best_of must be at least n, and n at least 1, got {best_of} and {n}")
         ids = [self.end_of_text] + self.tokenizer.encode(prompt)
         drawn = self._drawn(ids, best_of or n, max_new_tokens, SamplingConfig(temperature, top_k, top_p, min_p), seed, stop, constraint)
         order = ranker(drawn)[:n] if best_of else range(n)

@@ -80,8 +80,10 @@ def test_the_best_of_several_are_those_of_the_ranker(assistant):
     longest = sorted(range(5), key=lambda i: -len(every[i].encode()))
     got = assistant.complete("once", n=2, max_new_tokens=9, seed=3, best_of=5, ranker=by_score(lambda c: len(c.text.encode())))
     assert got == [every[i] for i in longest[:2]] and assistant.complete("once", max_new_tokens=9, seed=3, best_of=5)[0] in every
-    with pytest.raises(ValueError, match="best_of must be at least n, got 1 and 2"):
+    with pytest.raises(ValueError, match="best_of must be at least n, and n at least 1, got 1 and 2"):
         assistant.complete("once", n=2, best_of=1)
+    with pytest.raises(ValueError, match="n at least 1, got 3 and -1"):
+        assistant.complete("once", n=-1, best_of=3)
 
 
 def test_an_answer_keeps_to_a_language(assistant):

@@ -195,3 +195,14 @@ def test_it_is_a_good_citizen_of_torch():
     torch.library.opcheck(torch.ops.nanorlhf.attention_paged.default, (*x, 0.3, list(prefix)))
     compiled = torch.compile(lambda *x: attention_paged(*x, prefix=prefix), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*x), attention_paged(*x, prefix=prefix))
+
+
+@BOTH
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_tables_without_a_page_where_all_keys_are_in_prefixes(op, deterministic):
+    (q, k, v, pages, lengths, scale, prefix), dense = paged_case([0, 0, 0], [7, 3], [0, 1, -1], D=8)
+    before = backend.deterministic(deterministic)
+    try:
+        check((q, k, v, pages[:, :0].contiguous(), lengths, scale, prefix), dense, op)
+    finally:
+        backend.deterministic(before)

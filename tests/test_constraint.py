@@ -1,6 +1,8 @@
 """Languages over a vocabulary: ends, special tokens, places in errors, caches."""
 
 import random
+import sys
+import threading
 
 import constrained
 import numpy as np
@@ -126,7 +128,7 @@ def test_kept_masks_are_bounded(monkeypatch):
     for n in range(40):
         assert constraint.allowed(state) == [97]
         state = constraint.advance(state, 97)
-        assert len(constraint._masks) <= 5
+        assert len(constraint._walked.masks) <= 5
 
 
 def test_an_automaton_that_is_begun_anew_has_the_same_masks(monkeypatch):
@@ -146,7 +148,47 @@ def test_an_automaton_that_is_begun_anew_has_the_same_masks(monkeypatch):
             one, other = steady.start(), restless.start()
         else:
             one, other = steady.advance(one, token), restless.advance(other, token)
-    assert restless._epoch > 2
+    assert restless._walked.epoch > 2
+
+
+def test_a_state_of_masks_that_were_begun_anew_on_the_way_goes_on_by_its_text(monkeypatch):
+    """As where another row's or thread's cursor is taken between a cursor and where it has come to."""
+    monkeypatch.setattr(room, "_NODES", 3)
+    constraint = TokenConstraint(regex("(abcdef)*"), constrained.byte_vocabulary(), [256])
+    state = after(constraint, b"abc")
+    masks, _ = constraint.cursor(state)
+    constraint.cursor(constraint.advance(state, ord("d")))  # the walk, or the one before, has begun anew
+    assert constraint.cursor(state)[0] is not masks
+    assert constraint.allowed(constraint.moved(state, masks, 10**6, b"de")) == [ord("f")]
+
+
+def test_threads_may_share_a_constraint(monkeypatch):
+    monkeypatch.setattr(room, "_NODES", 3)
+    constraint = TokenConstraint(regex("([0-9]{3}-)*x"), constrained.byte_vocabulary(), [256])
+    before, failed = sys.getswitchinterval(), []
+
+    def walk(seed):
+        rng = random.Random(seed)
+        try:
+            for _ in range(60):
+                state = constraint.start()
+                for i in range(12):
+                    allowed = constraint.allowed(state)
+                    digits = list(range(48, 58))
+                    assert allowed == ([45] if i % 4 == 3 else digits if i % 4 else [*digits, 120]), (state, allowed)
+                    state = constraint.advance(state, rng.choice(allowed[:10]))
+                    masks, node = constraint.cursor(state)
+                    state = constraint.moved(state, masks, node, [])
+        except BaseException as error:
+            failed.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=walk, args=(seed,)) for seed in range(4)]
+        [t.start() for t in threads], [t.join() for t in threads]
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed and constraint._walked.epoch > 5
 
 
 def test_whole_texts_match():

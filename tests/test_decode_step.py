@@ -279,6 +279,12 @@ def test_inputs_that_do_not_fit_are_named():
         cache.logits(decoder, tokens, positions, slots, rows, last=torch.tensor([3]))
     with pytest.raises(ValueError, match="for as many tokens"):
         cache.logits(decoder, tokens, positions, slots)
+    with pytest.raises(ValueError, match="for as many tokens"):
+        cache.logits(decoder, tokens, positions, slots, rows, cu_seqlens=torch.zeros(0).int())
+    with pytest.raises(ValueError, match=r"on the CPU, .* got .* on meta"):
+        cache.logits(decoder, tokens.to("meta"), positions, slots, rows)
+    with pytest.raises(ValueError, match="expected k_pages and v_pages .* on the CPU"):
+        ops.decode_step(decoder, tokens, positions, slots, *(x.to("meta") for x in (cache.k_pages, cache.v_pages)), rows.pages, rows.lengths)
     draws = torch.arange(3), torch.arange(3), 2, torch.zeros(1, 23, dtype=torch.bool)
     for arguments, message in (
         ((*draws, torch.ones(3, dtype=torch.int64)), "stop_of"),
@@ -293,6 +299,9 @@ def test_inputs_that_do_not_fit_are_named():
     far = constrain(regex("a*"), Vocabulary([b"a"] * 99), [])
     with pytest.raises(ValueError, match="decode_run: expected constraints over the decoder's vocabulary"):
         cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), constraints=[None, None, far.cursor(far.start())])
+    near = constrain(regex("a*"), Vocabulary([b"a"] * 23), [])
+    with pytest.raises(ValueError, match="decode_run: expected nodes that the constraints have given out, got 99999"):
+        cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), constraints=[None, None, (near.cursor(near.start())[0], 99999)])
     with pytest.raises(ValueError, match="top_p above 0"):
         cache.run(decoder, tokens, positions, rows, *draws, torch.zeros(3, dtype=torch.int64), top_p=0)
     apart = cache.k_pages.transpose(2, 4).contiguous().transpose(2, 4)  # the same numbers, a key's elements not side by side
@@ -300,3 +309,22 @@ def test_inputs_that_do_not_fit_are_named():
         ops.decode_step(decoder, tokens, positions, slots, apart, cache.v_pages, rows.pages, rows.lengths)
     with pytest.raises(ValueError, match="expected k_pages and v_pages"):
         ops.decode_step(decoder, tokens, positions, slots, cache.k_pages.double(), cache.v_pages, rows.pages, rows.lengths)
+    net.model.layers[1].post_attention_layernorm.weight = torch.nn.Parameter(torch.ones(15))
+    with pytest.raises(ValueError, match=r"expected post_norm of shape \(16,\), got \(15,\)"):
+        packed_decoder(net)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_what_is_filled_natively_is_fp32_whatever_the_default_is(default):
+    net = model()
+    arguments, pool = step_of(net, 40)
+    expected = at_once(net, arguments, pool)[0]
+    torch.set_default_dtype(default)
+    try:
+        found = at_once(net, arguments, pool)[0]
+        marks = cache_of(net, pool).run(packed_decoder(net), *arguments[:2], arguments[3], *(torch.arange(40),) * 2, 1, torch.zeros(1, 23).bool(), torch.zeros(40).long())[1]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert marks.dtype == torch.float32 and torch.equal(marks[2], torch.ones(1, 40))

@@ -10,7 +10,7 @@ import torch
 from nanorlhf.config import OptimConfig
 from nanorlhf.engine import Engine, Request, SamplingConfig, generate
 from nanorlhf.engine.cache import PagedCache
-from nanorlhf.engine.constrain import Vocabulary, constrain, grammar, json_schema, regex
+from nanorlhf.engine.constrain import TokenConstraint, Vocabulary, constrain, constraint, grammar, json_schema, regex
 from nanorlhf.engine.generate import ragged
 from nanorlhf.model import Model
 from nanorlhf.ops import backend
@@ -339,6 +339,20 @@ def test_a_constraint_that_goes_along_natively_draws_what_it_draws_step_by_step(
         assert np.allclose(got.logprobs, expected.logprobs, atol=1e-5) and np.allclose(got.kept, expected.kept, atol=1e-5)
     for got, r in zip(native, requests):
         assert r.constraint is None or not got.finished or keeps.matches(got.text)
+
+
+def test_rows_between_whose_cursors_their_constraint_is_begun_anew_draw_the_same(monkeypatch):
+    net, end = model(1, loud=False, vocab_size=V, context=64), TOK.special_tokens["<|end|>"]
+    requests = [Request(p, 40, stream=i, stop=(end,)) for i, p in enumerate(random_sequences(6, 9, V, 3))]
+
+    def found():
+        keeps = TokenConstraint(json_schema({"type": "array", "items": {"enum": ["abcabc", "bcabca"]}, "minItems": 9}), Vocabulary.of(TOK), [end])
+        return [c.ids for c in Engine(net, TOK).run([replace(r, constraint=keeps) for r in requests])], keeps
+
+    expected, _ = found()
+    monkeypatch.setattr(constraint, "_NODES", 9)
+    ours, keeps = found()
+    assert ours == expected and keeps._walked.epoch > 9
 
 
 def test_a_native_constraint_after_which_nothing_can_come_ends_its_request_alone():

@@ -167,3 +167,23 @@ def test_cross_entropy_is_torch_with_a_z_loss_and_the_ignored_rows_left_out(dtyp
 def test_cross_entropy_without_a_target_is_an_error():
     with pytest.raises(ValueError, match="expected at least one target that counts, got none"):
         cross_entropy(torch.ones(2, 8), torch.ones(4, 8), torch.full((2,), -100))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients_are_the_same_whatever_the_default_dtype_is(dtype, default):
+    hidden, weight, targets = problem(300, 32, 700)
+
+    def found():
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        logprobs, entropy = token_logprobs(h, w, targets)[:2]
+        (logprobs + entropy).sum().backward()
+        return logprobs, entropy, h.grad, w.grad
+
+    expected = found()
+    torch.set_default_dtype(default)
+    try:
+        ours = found()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(ours, expected))

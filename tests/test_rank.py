@@ -29,4 +29,6 @@ def test_most_votes_then_the_most_probable_and_no_answer_last():
     rows = drawn(("7", [-5.0]), ("8", [-1.0]), ("", [-0.1]), ("7", [-2.0]), ("9", [-0.5]), ("", [-0.1]), ("", [-0.1]))
     answer = lambda c: c.text or None
     assert by_vote(answer)(rows) == [3, 0, 1, 4, 2, 5, 6]
+    with pytest.raises(ValueError, match="by_vote: the votes for '9' have no number for a weight"):
+        by_vote(answer, weight=lambda c: math.nan if c.text == "9" else 1.0)(rows)
     assert by_vote(answer, weight=lambda c: 3.0 if c.text == "9" else 1.0)(rows) == [4, 3, 0, 1, 2, 5, 6]

@@ -68,5 +68,8 @@ def test_kept_masks_have_the_end_tokens_where_a_text_is_whole():
     assert [masks.known(node) for node in (start, a, -1)] == [False, True, True] and len(masks) == 2
     none = Masks(MaskVocabulary([b"c", b""]), machine, [], 0)
     assert none.mask(start) is None and none.known(start)
-    with pytest.raises(IndexError):
-        Masks(MaskVocabulary(tokens), machine, [99], 1)
+    with pytest.raises(ValueError, match="a node that the automaton has given out, got 99999"):
+        masks.mask(99999)
+    for end in (99, 5, -1):  # two of them in the same word as tokens that there are
+        with pytest.raises(IndexError):
+            Masks(MaskVocabulary(tokens), machine, [end], 1)

@@ -163,7 +163,7 @@ class Batch:
         """Of the rows' constraints, for ops.decode_run; None where there is none."""
         if not self.flags & CONSTRAINED:
             return None
-        return [None if h.request.constraint is None else h.request.constraint.cursor(h.state) for h in self.handles]
+        return [h.cursor() for h in self.handles]
 
     def mask(self, low: int) -> Optional[Tensor]:
         """(R, ceil(V / 32)) int32 of the constraints of the rows from ``low`` on; None where there is none."""

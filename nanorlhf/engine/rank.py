@@ -36,7 +36,7 @@ def by_likelihood(length_penalty: float = 0.0) -> Ranker:
 
 def by_vote(answer: Callable[[Completion], Optional[Hashable]], weight: Callable[[Completion], float] = lambda c: 1.0) -> Ranker:
     """Those first whose answer most completions give, by the sum of their weights; among them the most probable. An answer of None
-    is no vote, and comes last. Source: self-consistency, Wang et al., arXiv 2203.11171, §2."""
+    is no vote, and comes last. Errors: ValueError for a weight that is NaN. Source: self-consistency, Wang et al., arXiv 2203.11171, §2."""
 
     def rank(completions: Sequence[Completion]) -> List[int]:
         answers = [answer(c) for c in completions]
@@ -44,6 +44,9 @@ def by_vote(answer: Callable[[Completion], Optional[Hashable]], weight: Callable
         for said, c in zip(answers, completions):
             votes[said] += weight(c)
         votes[None] = -math.inf
+        for said, weighed in votes.items():
+            if math.isnan(weighed):
+                raise ValueError(f"by_vote: the votes for {said!r} have no number for a weight")
         place = {said: i for i, said in enumerate(votes)}
         return sorted(range(len(answers)), key=lambda i: (-votes[answers[i]], place[answers[i]], -sum(completions[i].logprobs)))
 

@@ -76,7 +76,7 @@ class Handle:
     def __init__(self, request: Request, room: int, stream: Optional[TextStream]):
         self.request, self.room, self.text = request, room, stream
         self.prompt = np.array(request.prompt, np.int64)
-        self.state, self.mask, self.advanced = None, None, 0
+        self.state, self.mask, self.masks, self.advanced = None, None, None, 0
         self.banned = [i for i, bias in request.sampling.logit_bias if bias == -math.inf] if request.constraint is not None else []
         if request.constraint is not None:
             self.state = request.constraint.start()
@@ -123,9 +123,16 @@ class Handle:
                 raise ValueError(f"engine: logit_bias bans every token that the constraint allows after {self.advanced} tokens")
         return mask
 
+    def cursor(self) -> Optional[tuple]:
+        """For its constraint to go along natively, if it has one: its masks, and where it is in them."""
+        if self.request.constraint is None:
+            return None
+        self.masks, node = self.request.constraint.cursor(self.state)
+        return self.masks, node
+
     def moved(self, node: int, tokens: Sequence[int]) -> None:
         """Its constraint has gone along natively."""
-        self.state = self.request.constraint.moved(self.state, node, tokens)
+        self.state = self.request.constraint.moved(self.state, self.masks, node, tokens)
         self.mask = self.request.constraint.mask(self.state)
 
     def complete(self, ids: np.ndarray, marks: Optional[np.ndarray], reason: str, tokenizer: Optional[Tokenizer]) -> None:

@@ -48,12 +48,14 @@ class PackedDecoder:
         self.layers, self.embedding, self.norm, self.head = layers, embedding, norm, head
         first = layers[0]
         (V, C), inner = embedding.shape, first["gate"].shape[0]
-        self.shape = len(layers), C, inner, V, first["q"].shape[0] // head_dim, first["k"].shape[0] // head_dim, head_dim
+        heads, kv_heads = (first[name].shape[0] // head_dim for name in ("q", "k"))
+        self.shape = len(layers), C, inner, V, heads, kv_heads, head_dim
+        _check_shapes(layers, norm, head, *self.shape[1:])
         self.dtype = dtype
         self._packed = [[_room([layer[name] for name in names], dtype) for names in LINEAR] for layer in layers]
         self._head = _room([head], dtype)
         self.table = torch.tensor([[*(0 if layer[n] is None else layer[n].data_ptr() for n in NORMS), *(x.data_ptr() for x in packed)]
-                                   for layer, packed in zip(layers, self._packed)])  # fmt: skip
+                                   for layer, packed in zip(layers, self._packed)], device="cpu")  # fmt: skip
         self.turns = _table(rope_base, head_dim, context)  # cosines and sines
         addresses = tuple(x.data_ptr() for x in (embedding, self.table, norm, self._head, *self.turns))
         self.described = self.shape, backend.DTYPES[dtype], eps, 1 / math.sqrt(head_dim), addresses, context  # as _C takes it
@@ -64,6 +66,19 @@ class PackedDecoder:
             for names, to in zip(LINEAR, packed):
                 _pack([layer[name] for name in names], to)
         _pack([self.head], self._head)
+
+
+def _check_shapes(layers, norm, head, hidden, inner, vocab_size, heads, kv_heads, head_dim):
+    """ValueError for a weight that is none of a decoder of these sizes: nobody looks at them again."""
+    own, shared = (heads * head_dim, hidden), (kv_heads * head_dim, hidden)
+    expected = {"q": own, "k": shared, "v": shared, "o": own[::-1], "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
+                "input_norm": (hidden,), "post_norm": (hidden,), "q_norm": (head_dim,), "k_norm": (head_dim,)}  # fmt: skip
+    every = [(name, w, expected[name]) for layer in layers for name, w in layer.items() if w is not None]
+    for name, w, shape in (*every, ("norm", norm, (hidden,)), ("head", head, (vocab_size, hidden))):
+        if w.shape != shape:
+            raise ValueError(f"decode_step: expected {name} of shape {shape}, got {tuple(w.shape)}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"decode_step: expected heads that are a multiple of the key heads, got {heads} and {kv_heads}")
 
 
 def far_apart(x):
@@ -77,7 +92,7 @@ def _room(weights, dtype):
     """For these, side by side, packed; what stays free has to be 0."""
     columns, depth = sum(w.shape[0] for w in weights), weights[0].shape[1]
     elements = _C.packed_elements(columns, depth)
-    return (torch.empty if elements == columns * depth else torch.zeros)(elements, dtype=dtype)
+    return (torch.empty if elements == columns * depth else torch.zeros)(elements, dtype=dtype, device="cpu")
 
 
 def _pack(weights, packed):
@@ -106,10 +121,10 @@ def decode_step(decoder, tokens, positions, slots, k_pages, v_pages, pages=None,
         given.append((cu_seqlens, (sequences + 1,), torch.int32))
     if last is not None:
         given.append((last, (len(last),), torch.int64))
-    if not _fit(given) or not rows == N and sequences < 1:
+    if not _fit(given) or sequences < (rows != N):
         raise ValueError(f"decode_step: expected tokens, positions, slots and last in int64 and the arrays of attention_paged and cu_seqlens in int32, "
-                         f"all contiguous, for as many tokens, got {', '.join(f'{tuple(x.shape)} in {x.dtype}' for x, *_ in given)}")
-    logits = torch.empty(N if last is None else len(last), V)
+                         f"all contiguous, on the CPU, for as many tokens, got {_told(given)}")
+    logits = _empty(N if last is None else len(last), V)
     _C.decode_step(
         decoder.described, N, tokens.data_ptr(), positions.data_ptr(), slots.data_ptr(), sequences, _at(cu_seqlens), _pool(k_pages, v_pages),
         tables, len(logits), _at(last), logits.data_ptr(), torch.get_num_threads(),
@@ -136,10 +151,9 @@ def decode_run(decoder, tokens, positions, k_pages, v_pages, pages, lengths, pre
     given += [(x, x.shape, x.dtype) for x in own if x is not None]
     if not _fit(given) or rows != B or most < 1 or B < 1 or not 0 <= int(stop_of.min()) <= int(stop_of.max()) < len(stops):
         raise ValueError(f"decode_run: expected most of 1 or more, tokens, positions, streams, steps and stop_of (B,) in int64, stops (S, V) in bool, and "
-                         f"the arrays of attention_paged in int32, all contiguous, got {most} and "
-                         f"{', '.join(f'{tuple(x.shape)} in {x.dtype}' for x, *_ in given)}")
+                         f"the arrays of attention_paged in int32, all contiguous, on the CPU, got {most} and {_told(given)}")
     check_sampling(temperature, top_k, top_p, min_p)
-    drawn, marks = torch.empty(most, B, dtype=torch.int64), torch.empty(3, most, B)
+    drawn, marks = _empty(most, B, dtype=torch.int64), _empty(3, most, B)
     masks, nodes = zip(*(c or (None, 0) for c in constraints)) if constraints else ((), ())
     if len(masks) not in (0, B):
         raise ValueError(f"decode_run: expected a constraint or None for each of {B} rows, got {len(masks)}")
@@ -155,9 +169,18 @@ def _at(x):
     return 0 if x is None else x.data_ptr()
 
 
+def _empty(*shape, dtype=torch.float32):
+    """To be filled natively, so whatever torch's default type and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def _fit(given):
-    """Whether these tensors have these shapes and dtypes, and are contiguous."""
-    return all([x.shape == shape and x.dtype == dtype and x.is_contiguous() for x, shape, dtype in given])
+    """Whether these tensors have these shapes and dtypes, and are contiguous and on the CPU."""
+    return all([x.shape == shape and x.dtype == dtype and x.is_contiguous() and x.is_cpu for x, shape, dtype in given])
+
+
+def _told(given):
+    return ", ".join(f"{tuple(x.shape)} in {x.dtype} on {x.device}" for x, *_ in given)
 
 
 def _pool(k_pages, v_pages):
@@ -170,9 +193,9 @@ def _tables(op, decoder, k_pages, v_pages, pages, lengths, prefix):
     layers, kv_heads, D = decoder.shape[0], *decoder.shape[5:]
     shape, dtype = k_pages.shape, decoder.dtype
     fits = len(shape) == 5 and v_pages.shape == shape == (layers, *shape[1:3], kv_heads, D) and k_pages.dtype == v_pages.dtype == dtype
-    if not fits or not k_pages.stride(4) == v_pages.stride(4) == 1:
-        raise ValueError(f"{op}: expected k_pages and v_pages of shape ({layers}, P, page_size, {kv_heads}, {D}) in {dtype}, a key's elements "
-                         f"side by side, got {tuple(shape)} and {tuple(v_pages.shape)} in {k_pages.dtype} and {v_pages.dtype}, strides "
+    if not fits or not k_pages.stride(4) == v_pages.stride(4) == 1 or not (k_pages.is_cpu and v_pages.is_cpu):
+        raise ValueError(f"{op}: expected k_pages and v_pages of shape ({layers}, P, page_size, {kv_heads}, {D}) in {dtype} on the CPU, a key's "
+                         f"elements side by side, got {tuple(shape)} and {tuple(v_pages.shape)} in {k_pages.dtype} and {v_pages.dtype}, strides "
                          f"{k_pages.stride()} and {v_pages.stride()}")
     if pages is None:
         return 0, (0,) * 9, []

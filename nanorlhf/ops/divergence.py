@@ -57,7 +57,7 @@ def _run(hidden, weight, ref_hidden, ref_weight, targets, temperature):
     if not backend.on_cpu(hidden) or fused[0] != fused[1]:
         return _apart(hidden, weight, ref_hidden, ref_weight, targets, temperature)
     targets, found = targets.contiguous(), [rows_like(hidden), rows_like(hidden)]
-    kl = torch.empty(hidden.shape[:1])
+    kl = hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
     (_both if fused[0] else _chunks)((hidden, weight), (ref_hidden, ref_weight), targets, temperature, found, kl)
     return *found[0][:2], found[1][0], kl
 
@@ -72,7 +72,7 @@ def _chunks(policy, reference, targets, temperature, found, kl):
     models = [[x.float() for x in model] for model in (policy, reference)]
     N, V = len(kl), len(policy[1])
     rows, chunks = loss.row_chunks(N, V)
-    room = torch.empty(2, rows, V)
+    room = kl.new_empty(2, rows, V)
     for at in chunks:
         logits = [loss.chunk_logits(h[at], w, part[: at.stop - at.start]) for (h, w), part in zip(models, room)]
         for x, of in zip(logits, found):

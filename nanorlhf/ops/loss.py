@@ -174,12 +174,12 @@ def _forward(hidden, weight, targets, temperature, keep):
     if fused(hidden):
         logprobs, entropy, lse = rows_like(hidden)
         _head(False, hidden, weight, targets.contiguous(), temperature, logprobs, entropy, lse, (lse,) * 3, (lse,) * 2)
-        return logprobs, entropy, lse, torch.empty(0, weight.shape[0])
+        return logprobs, entropy, lse, logprobs.new_empty(0, weight.shape[0])
     hidden, weight, targets = hidden.detach().float(), weight.detach().float(), targets.contiguous()
     logprobs, entropy, lse = rows_like(hidden)
     rows, chunks = row_chunks(hidden.shape[0], weight.shape[0])
-    kept = torch.empty(hidden.shape[0] if keep else 0, weight.shape[0])
-    buffer = None if keep else torch.empty(rows, weight.shape[0])
+    kept = hidden.new_empty(hidden.shape[0] if keep else 0, weight.shape[0])
+    buffer = None if keep else hidden.new_empty(rows, weight.shape[0])
     for at in chunks:
         logits = chunk_logits(hidden[at], weight, kept[at] if keep else buffer[: at.stop - at.start])
         reduce_logits(False, logits, targets[at], temperature, logprobs[at], entropy[at], lse[at], (lse,) * 3)
@@ -193,13 +193,13 @@ def _backward(logprob_grad, entropy_grad, lse_grad, hidden, weight, targets, ent
     targets, dtypes = targets.contiguous(), (hidden.dtype, weight.dtype)
     if fused(hidden):
         N, C = hidden.shape
-        dhidden, dweight = torch.empty(-(-N // 128) * 128, C), torch.empty(weight.shape)
+        dhidden, dweight = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((-(-N // 128) * 128, C), weight.shape))
         _head(True, hidden, weight, targets, temperature, lse, entropy, lse, grads, (dhidden, dweight))
         return dhidden[:N].to(dtypes[0]), dweight.to(dtypes[1])
     hidden, weight = hidden.detach().float(), weight.detach().float()
-    dhidden, dweight = torch.empty(hidden.shape), torch.zeros(weight.shape)
+    dhidden, dweight = hidden.new_empty(hidden.shape), weight.new_zeros(weight.shape)
     rows, chunks = row_chunks(hidden.shape[0], weight.shape[0])
-    buffer = torch.empty(rows, weight.shape[0])
+    buffer = hidden.new_empty(rows, weight.shape[0])
     for at in chunks:
         logits = buffer[: at.stop - at.start]
         # A copy in the cache, so that a second backward finds the logits as they were.

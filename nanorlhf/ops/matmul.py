@@ -45,7 +45,7 @@ def has_outer(x, y):
 
 
 def _outer(x, y):
-    out = torch.empty(x.shape[1], y.shape[1])
+    out = x.new_empty((x.shape[1], y.shape[1]), dtype=torch.float32)
     _C.outer(*x.shape, y.shape[1], x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), out.data_ptr(), torch.get_num_threads())
     return out
 

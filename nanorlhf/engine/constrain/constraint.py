@@ -10,13 +10,14 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from threading import Lock
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from nanorlhf.engine.constrain.language import Language
 from nanorlhf.engine.constrain.network import automaton
-from nanorlhf.ops.token_mask import Masks, MaskVocabulary
+from nanorlhf.ops.token_mask import Automaton, Masks, MaskVocabulary
 from nanorlhf.tokenizer import Tokenizer
 
 _ROW_BYTES = 1 << 26  # of masks that one constraint keeps
@@ -45,11 +46,25 @@ class Constraint(Protocol):
 
 
 class State(NamedTuple):
-    """A node of the automaton, -1 after an end token; which automaton, where it was begun anew; the text so far."""
+    """A node of the automaton, -1 after an end token; which automaton, where it was begun anew, -1 where that is not known; the text so far."""
 
     node: int
     epoch: int
     text: bytes
+
+
+class _Walked(NamedTuple):
+    """What grows while texts are walked: one value, so that threads that share a constraint never see parts of two."""
+
+    epoch: int
+    automaton: Automaton
+    masks: Masks
+
+    def node(self, state: State) -> int:
+        """Of a state, also one of another epoch, by walking its text."""
+        if state.epoch == self.epoch or state.node < 0:
+            return state.node
+        return self.automaton.walk(self.automaton.start(), state.text)
 
 
 class Vocabulary:
@@ -61,7 +76,8 @@ class Vocabulary:
         """tokens: what each id stands for, b"" for no text."""
         self.tokens = list(tokens)
         self.trees = MaskVocabulary(self.tokens)
-        self.constraints: OrderedDict[Hashable, TokenConstraint] = OrderedDict()
+        self.constraints: OrderedDict[Hashable, TokenConstraint] = OrderedDict()  # the longest unasked-for first
+        self.lock = Lock()  # of these
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, vocab_size: int | None = None) -> Vocabulary:
@@ -94,12 +110,12 @@ def constrain(language: Language, tokenizer: Tokenizer | Vocabulary, ends: Itera
     """
     vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary.of(tokenizer, vocab_size)
     key = (language, ends := tuple(ends))
-    if key not in vocabulary.constraints:
-        vocabulary.constraints[key] = TokenConstraint(language, vocabulary, ends)
+    with vocabulary.lock:
+        found = vocabulary.constraints.pop(key, None) or TokenConstraint(language, vocabulary, ends)
+        vocabulary.constraints[key] = found
         if len(vocabulary.constraints) > _KEPT:
             vocabulary.constraints.popitem(last=False)
-    vocabulary.constraints.move_to_end(key)
-    return vocabulary.constraints[key]
+    return found
 
 
 class TokenConstraint:
@@ -110,43 +126,48 @@ class TokenConstraint:
         self.vocab_size = len(vocabulary.tokens)
         if not all(isinstance(end, (int, np.integer)) and 0 <= end < self.vocab_size for end in self.ends):
             raise ValueError(f"constrain: expected end ids from 0 to {self.vocab_size - 1}, got {list(ends)}")
-        self._epoch = -1
-        self._begin()
+        self._beginning, self._walked = Lock(), self._begun(0)
 
-    def _begin(self) -> None:
-        self._automaton = automaton(self.language)
-        self._masks = Masks(self.vocabulary.trees, self._automaton, self.ends, _ROW_BYTES)
-        self._epoch += 1
+    def _begun(self, epoch: int) -> _Walked:
+        machine = automaton(self.language)
+        return _Walked(epoch, machine, Masks(self.vocabulary.trees, machine, self.ends, _ROW_BYTES))
+
+    def _bounded(self) -> _Walked:
+        """Begun anew where it has grown too large."""
+        walked = self._walked
+        if walked.automaton.size() > _NODES:
+            with self._beginning:
+                if self._walked is walked:
+                    self._walked = self._begun(walked.epoch + 1)
+                walked = self._walked
+        return walked
 
     def start(self) -> State:
-        return State(self._automaton.start(), self._epoch, b"")
-
-    def _node(self, state: State) -> int:
-        """Of an automaton that was begun anew since, by walking the text."""
-        if state.epoch == self._epoch or state.node < 0:
-            return state.node
-        return self._automaton.walk(self._automaton.start(), state.text)
+        walked = self._walked
+        return State(walked.automaton.start(), walked.epoch, b"")
 
     def mask(self, state: State) -> np.ndarray:
         """As in Constraint. After an end token, end tokens alone."""
-        row = self._masks.mask(self._node(state))
+        walked = self._walked
+        row = walked.masks.mask(walked.node(state))
         if row is None:
             raise ValueError(f"constrain: nothing can follow {self._place(state)}: no token of the vocabulary leads on, nor can it end")
         return row
 
     def known(self, state: State) -> bool:
         """Whether the mask was worked out before, and is kept."""
-        return self._masks.known(self._node(state))
+        walked = self._walked
+        return walked.masks.known(walked.node(state))
 
     def cursor(self, state: State) -> tuple[Masks, int]:
         """What ``ops.decode_run`` takes to walk on from a state by itself."""
-        if self._automaton.size() > _NODES:
-            self._begin()
-        return self._masks, self._node(state)
+        walked = self._bounded()
+        return walked.masks, walked.node(state)
 
-    def moved(self, state: State, node: int, tokens: Iterable[int]) -> State:
-        """Where it has come to from a cursor, by these tokens, of which the mask allowed each."""
-        return State(node, self._epoch, state.text + b"".join([self.vocabulary.tokens[j] for j in tokens]))
+    def moved(self, state: State, masks: Masks, node: int, tokens: Iterable[int]) -> State:
+        """Where it has come to from a cursor into these masks, by these tokens, of which each was allowed."""
+        walked = self._walked
+        return State(node, walked.epoch if masks is walked.masks else -1, state.text + b"".join([self.vocabulary.tokens[j] for j in tokens]))
 
     def allowed(self, state: State) -> list[int]:
         """The ids in the mask."""
@@ -156,30 +177,32 @@ class TokenConstraint:
         """As in Constraint."""
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"constrain: expected a token from 0 to {self.vocab_size - 1}, got {token}")
-        if self._automaton.size() > _NODES:
-            self._begin()
-        node, text = self._node(state), self.vocabulary.tokens[token]
+        walked = self._bounded()
+        node, text = walked.node(state), self.vocabulary.tokens[token]
         if node >= 0 and text:
-            after = self._automaton.walk(node, text)
+            after = walked.automaton.walk(node, text)
             if after >= 0:
-                return State(after, self._epoch, state.text + text)
-        if token in self.ends and (node < 0 or self._automaton.complete(node)):
-            return State(-1, self._epoch, state.text)
+                return State(after, walked.epoch, state.text + text)
+        if token in self.ends and (node < 0 or walked.automaton.complete(node)):
+            return State(-1, walked.epoch, state.text)
         raise ValueError(f"constrain: expected a token that the mask allows, got {token} ({text!r}) {self._place(state)}")
 
     def complete(self, state: State) -> bool:
         """As in Constraint."""
-        return state.node < 0 or self._automaton.complete(self._node(state))
+        walked = self._walked
+        return state.node < 0 or walked.automaton.complete(walked.node(state))
 
     def forced(self, state: State, most: int = 256) -> bytes:
         """The text, of at most so many bytes, that must come next whatever else does: none where there is a choice, the end
         included. Its bytes, not its tokens: a token of the model's choice may reach beyond them."""
-        return b"" if state.node < 0 else self._automaton.forced(self._node(state), most)
+        walked = self._walked
+        return b"" if state.node < 0 else walked.automaton.forced(walked.node(state), most)
 
     def matches(self, text: str | bytes) -> bool:
         """Whether a text is in the language."""
-        node = self._automaton.walk(self._automaton.start(), text.encode() if isinstance(text, str) else text)
-        return node >= 0 and self._automaton.complete(node)
+        machine = self._walked.automaton
+        node = machine.walk(machine.start(), text.encode() if isinstance(text, str) else text)
+        return node >= 0 and machine.complete(node)
 
     def _place(self, state: State) -> str:
         before = state.text.decode(errors="replace")
