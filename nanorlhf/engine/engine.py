@@ -1,7 +1,8 @@
 """Continuous batching over a paged cache: requests wait, are decoded together, and leave one by one.
 
 What a request draws depends on (seed, stream, step) and the model alone, so neither its company, nor waiting, nor being put off and
-recomputed changes it. Sources: Orca, Yu et al., OSDI 2022 (iteration-level scheduling); vLLM, arXiv 2309.06180 §4.5 (preemption by
+recomputed changes it: to the bit while ops.backend.deterministic is on. Else sums over a prefix that rows share, and over tokens that are
+recomputed, have another order, and a draw may be decided by the last bit. Sources: Orca, Yu et al., OSDI 2022 (iteration-level scheduling); vLLM, arXiv 2309.06180 §4.5 (preemption by
 recomputation).
 """
 
