@@ -10,20 +10,13 @@
 #include <string>
 #include <tuple>
 
-#include "attention.h"  // Rows
+#include "bind_ops.h"
 
 namespace py = pybind11;
 
 // Where a call runs: device, stream, and memory there that it may use until it has run (address, bytes).
 using Lane = std::tuple<int, uintptr_t, uintptr_t, int64_t>;
-using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, token stride, head stride
 using release = py::call_guard<py::gil_scoped_release>;
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-inline Rows rows(const Strided& s) { return {at<void>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
 
 inline cudaStream_t stream_of(const Lane& lane) { return at<CUstream_st>(std::get<1>(lane)); }
 

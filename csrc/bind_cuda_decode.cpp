@@ -4,20 +4,6 @@
 
 namespace {
 
-using Cache = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address, batch (or page), token and head stride
-
-DecodeProblem decode_problem(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, uintptr_t lengths, float scale,
-                             int dtype, Strided q, Strided out, Cache k, Cache v, int64_t prefixes, uintptr_t owner) {
-    DecodeProblem p{};
-    p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
-    p.lengths = at<const int32_t>(lengths), p.scale = scale, p.dtype = dtype, p.q = rows(q), p.out = rows(out);
-    p.k = at<const void>(std::get<0>(k)), p.v = at<const void>(std::get<0>(v));
-    std::tie(std::ignore, p.k_batch, p.k_token, p.k_head) = k;
-    std::tie(std::ignore, p.v_batch, p.v_token, p.v_head) = v;
-    p.prefixes = prefixes, p.owner = at<const int32_t>(owner);
-    return p;
-}
-
 void run(const DecodeProblem& p, int64_t capacity, int64_t tokens, const DecodePages& pages, const Lane& lane) {
     OnDevice on(lane);
     const int64_t bytes = gpu::attention_decode_workspace(p.batch, p.heads, p.kv_heads, p.head_dim, capacity, p.prefixes, tokens);

@@ -46,7 +46,7 @@ def test_cached_logits_are_the_uncached_ones(how, variant):
         steps.refresh()
         tables = np.arange(40, dtype=np.int32).reshape(5, 8)
         plans = [Plan(np.array(p), 0, [Handle(Request(p, 3), 3, None)], [t[: -(-len(p) // 4)]]) for p, t in zip(prompts, tables)]
-        logits, _ = steps.prefill(plans, 4)
+        logits, _ = steps.prefill(plans)
     finally:
         backend.force(force), backend.deterministic(deterministic)
     for prompt, row in zip(prompts, logits):

@@ -178,7 +178,7 @@ class Engine:
                 return
             low = self.batch.size
             try:
-                logits, hidden = self.steps.prefill(plans, self.pool.size)
+                logits, hidden = self.steps.prefill(plans)
                 for plan in plans:
                     for handle, pages in zip(plan.handles, plan.tables):
                         self.batch.join(handle, pages, len(plan.context))

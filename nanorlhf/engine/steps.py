@@ -95,9 +95,9 @@ class Steps:
         """Within it no weight may change."""
         return ops.weights_held(self._casts)
 
-    def prefill(self, plans: List[Plan], page_size: int) -> Tuple[Tensor, Optional[Tensor]]:
+    def prefill(self, plans: List[Plan]) -> Tuple[Tensor, Optional[Tensor]]:
         """Run the plans' prompts: logits (R, V) of the last token for each of their requests, and its hidden state where that is at hand."""
-        p = Prefill(plans, page_size, lambda x: torch.from_numpy(x).to(self.model.device))
+        p = Prefill(plans, self._pool[1], lambda x: torch.from_numpy(x).to(self.model.device))
         found = self._forward(p.tokens, p.positions, p.slots, p.rows, p.cu_seqlens, p.last)
         if len(p.copies[0]):
             self.cache.copy(*p.copies)
